@@ -1,0 +1,3 @@
+//! ivcpu-backend: the program.
+
+fn main() {}

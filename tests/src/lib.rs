@@ -1,0 +1,1 @@
+//! An emulated virtualization host, and the comparisons and end-to-end tests that run in it.

@@ -1,0 +1,3 @@
+//! ivcpu-lab: the program.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! A KVM virtual machine monitor with an IVCPU, a virtual CPU that takes every device interrupt.

@@ -1,0 +1,3 @@
+//! ivcpu-vmm: the program.
+
+fn main() {}
