@@ -5,6 +5,7 @@
 
 pub mod boot;
 pub mod cli;
+pub mod gsi;
 pub mod ivcpu;
 pub mod machine;
 pub mod memory;
@@ -15,3 +16,4 @@ pub mod serial;
 pub mod suboption;
 pub mod terminal;
 pub mod vcpu;
+pub mod virtio;
