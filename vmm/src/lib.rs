@@ -5,14 +5,18 @@
 
 pub mod boot;
 pub mod cli;
+pub mod devices;
+pub mod events;
 pub mod gsi;
 pub mod ivcpu;
 pub mod machine;
 pub mod memory;
 pub mod pci;
 pub mod pin;
+pub mod placement;
 pub mod power;
 pub mod serial;
+pub mod signals;
 pub mod suboption;
 pub mod terminal;
 pub mod vcpu;
