@@ -1,5 +1,13 @@
 //! An emulated virtualization host, and the comparisons and end-to-end tests that run in it.
 
+pub mod channel;
+pub mod emulated_host;
+pub mod image;
+pub mod in_host;
+pub mod pcpu;
+pub mod process;
 pub mod progress;
 pub mod provision;
+pub mod qmp;
+pub mod shell;
 pub mod workspace;

@@ -16,9 +16,9 @@ use std::time::Duration;
 use crate::progress::Step;
 
 /// The release everything comes from, so that hosts and guests are the same on every system.
-pub const SUITE: &str = "bookworm";
+pub(super) const SUITE: &str = "bookworm";
 /// Its backports: newer kernels and a newer QEMU.
-pub const BACKPORTS: &str = "bookworm-backports";
+pub(super) const BACKPORTS: &str = "bookworm-backports";
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
@@ -60,13 +60,13 @@ struct Package {
 }
 
 /// The archive, with our own apt state.
-pub struct Archive {
+pub(super) struct Archive {
     dir: PathBuf,
 }
 
 impl Archive {
     /// Writes the private configuration and fetches the package lists, once per cache.
-    pub fn open(cache: &Path) -> Result<Self, Error> {
+    pub(super) fn open(cache: &Path) -> Result<Self, Error> {
         let dir = cache.join("apt");
         let archive = Self { dir };
         for folder in ["state/lists/partial", "cache/archives/partial"] {
@@ -86,7 +86,7 @@ impl Archive {
     }
 
     /// The package a metapackage such as `linux-image-amd64` stands for today.
-    pub fn kernel_of(&self, metapackage: &str, suite: &str) -> Result<String, Error> {
+    pub(super) fn kernel_of(&self, metapackage: &str, suite: &str) -> Result<String, Error> {
         let what = format!("looking up {metapackage}");
         let target = format!("{metapackage}/{suite}");
         let output = self.run("apt-cache", &what, ["show", "--no-all-versions", &target])?;
@@ -95,13 +95,25 @@ impl Archive {
     }
 
     /// Downloads `packages` alone and unpacks them into `into`.
-    pub fn unpack(&self, what: &str, packages: &[&str], suite: &str, into: &Path) -> Result<(), Error> {
+    pub(super) fn unpack(
+        &self,
+        what: &str,
+        packages: &[&str],
+        suite: &str,
+        into: &Path,
+    ) -> Result<(), Error> {
         let list = ["-qq", "--print-uris", "-t", suite, "download"];
         self.unpack_listed(what, list.iter().chain(packages), into)
     }
 
     /// Downloads `packages` with everything they depend on and unpacks all of it into `into`.
-    pub fn unpack_closed(&self, what: &str, packages: &[&str], suite: &str, into: &Path) -> Result<(), Error> {
+    pub(super) fn unpack_closed(
+        &self,
+        what: &str,
+        packages: &[&str],
+        suite: &str,
+        into: &Path,
+    ) -> Result<(), Error> {
         let list = ["-qq", "--print-uris", "--no-install-recommends", "-t", suite, "install"];
         self.unpack_listed(what, list.iter().chain(packages), into)
     }

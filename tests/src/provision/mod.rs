@@ -147,7 +147,12 @@ impl Provision {
         let modules = format!("export QEMU_MODULE_DIR={}\n", at("usr/lib/x86_64-linux-gnu/qemu"));
         let data = ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"];
         let data: Vec<_> = data.iter().map(|folder| format!("-L {}", at(folder))).collect();
-        qemu.write_launcher(&launcher, &qemu.find(&["usr/bin/qemu-system-x86_64"])?, &modules, &data.join(" "))?;
+        qemu.write_launcher(
+            &launcher,
+            &qemu.find(&["usr/bin/qemu-system-x86_64"])?,
+            &modules,
+            &data.join(" "),
+        )?;
         Ok(launcher)
     }
 

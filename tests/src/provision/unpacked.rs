@@ -50,7 +50,13 @@ impl Unpacked {
 
     /// Writes a launcher for `program`: a script that replaces itself by the program, so that its process id is
     /// the program's.
-    pub fn write_launcher(&self, at: &Path, program: &Path, environment: &str, arguments: &str) -> Result<(), Error> {
+    pub fn write_launcher(
+        &self,
+        at: &Path,
+        program: &Path,
+        environment: &str,
+        arguments: &str,
+    ) -> Result<(), Error> {
         let words: Vec<_> = self.command_words(program).iter().map(|word| format!("'{word}'")).collect();
         let text = format!("#!/bin/sh\n{environment}exec {} {arguments} \"$@\"\n", words.join(" "));
         write_executable(at, &text).map_err(|e| Error::Write(at.into(), e))
