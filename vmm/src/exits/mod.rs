@@ -118,7 +118,7 @@ impl Counter {
             }
             Err(error) => return Err(error),
         };
-        let alone = AtomicBool::new(process.is_alone() == Some(true));
+        let alone = AtomicBool::new(process.is_alone());
         Ok(Counter { process, pidfd, kvm, trace, alone })
     }
 
@@ -138,7 +138,7 @@ impl Counter {
                 let exits = trace.exits()?;
                 let after = self.kvm.exits();
                 snapshot.kvm_exits = before.zip(after).map(|(before, after)| before.midpoint(after));
-                if self.process.is_alone() == Some(false) {
+                if !self.process.is_alone() {
                     self.alone.store(false, Ordering::Relaxed);
                 }
                 snapshot.take_counts(trace.counts(exits)?, self.alone.load(Ordering::Relaxed));

@@ -27,6 +27,8 @@ pub(super) struct Process {
     pid: i32,
     /// The process's file descriptors by what KVM calls them.
     pub(super) fds: KvmFds,
+    /// The directories of the process's VMs in debugfs; none where it cannot be read.
+    pub(super) debugfs_vms: Vec<PathBuf>,
 }
 
 /// File descriptors of the process that lead to KVM.
@@ -70,7 +72,9 @@ impl Process {
             let name = fs::read_to_string(directory.join("comm")).unwrap_or_default();
             return Err(Error::NotAVmm { pid, name: name.trim().to_owned() });
         }
-        Ok(Process { roots, pid, fds })
+        let mut process = Process { roots, pid, fds, debugfs_vms: Vec::new() };
+        process.debugfs_vms = process.find_debugfs_vms();
+        Ok(process)
     }
 
     /// Every thread of the process.
@@ -85,8 +89,8 @@ impl Process {
     pub(super) fn vcpu_threads(&self) -> Vec<VcpuThread> {
         let Ok(threads) = self.threads() else { return Vec::new() };
         let mut told: BTreeMap<i32, u32> = BTreeMap::new();
-        for directory in self.debugfs_vms() {
-            told.extend(vcpu_tids(&directory).into_iter().map(|(vcpu, tid)| (tid, vcpu)));
+        for directory in &self.debugfs_vms {
+            told.extend(vcpu_tids(directory).into_iter().map(|(vcpu, tid)| (tid, vcpu)));
         }
         let mut vcpus: Vec<VcpuThread> = threads
             .into_iter()
@@ -105,7 +109,7 @@ impl Process {
     }
 
     /// The process's VMs in KVM's debugfs, whose directories are named by the thread that made the VM and its descriptor.
-    pub(super) fn debugfs_vms(&self) -> Vec<PathBuf> {
+    fn find_debugfs_vms(&self) -> Vec<PathBuf> {
         let threads = self.threads().unwrap_or_default();
         let ours = |directory: &Path| {
             let name = directory.file_name()?.to_str()?;
@@ -118,10 +122,9 @@ impl Process {
         self.all_debugfs_vms().into_iter().filter(|directory| ours(directory) == Some(true)).collect()
     }
 
-    /// Whether this process's VM is the only one on the host; `None` where debugfs cannot be read.
-    pub(super) fn is_alone(&self) -> Option<bool> {
-        let all = self.all_debugfs_vms();
-        (!all.is_empty()).then(|| all.len() == 1 && self.debugfs_vms().len() == 1)
+    /// Whether the process runs one VM and the host no other. Not known, and so denied, where debugfs cannot be read.
+    pub(super) fn is_alone(&self) -> bool {
+        self.debugfs_vms.len() == 1 && self.all_debugfs_vms().iter().all(|vm| self.debugfs_vms.contains(vm))
     }
 
     fn all_debugfs_vms(&self) -> Vec<PathBuf> {

@@ -107,7 +107,7 @@ impl Snapshot {
             notes.push(format!("{} events found no room in a histogram: the rows are too low", self.dropped));
         }
         if self.untraced.is_none() && self.accepted.is_none() {
-            notes.push("another VM ran on this host: accepted interrupts cannot be told apart, injected ones can".into());
+            notes.push("other VMs run on this host, or none can be told apart: interrupts accepted by APIC id are left out".into());
         }
         notes
     }

@@ -60,10 +60,8 @@ impl KvmStats {
             .collect();
         match stats {
             Some(stats) if !stats.is_empty() => KvmStats::Binary(stats),
-            _ => {
-                let directories = process.debugfs_vms();
-                if directories.is_empty() { KvmStats::Unreadable } else { KvmStats::Debugfs(directories) }
-            }
+            _ if process.debugfs_vms.is_empty() => KvmStats::Unreadable,
+            _ => KvmStats::Debugfs(process.debugfs_vms.clone()),
         }
     }
 
