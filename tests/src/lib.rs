@@ -2,6 +2,7 @@
 
 pub mod channel;
 pub mod emulated_host;
+pub mod figures;
 pub mod image;
 pub mod in_host;
 pub mod pcpu;
@@ -9,5 +10,7 @@ pub mod process;
 pub mod progress;
 pub mod provision;
 pub mod qmp;
+pub mod report;
+pub mod result;
 pub mod shell;
 pub mod workspace;

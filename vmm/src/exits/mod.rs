@@ -46,7 +46,9 @@ pub enum Error {
         pid: i32,
     },
     /// The process holds no VM.
-    #[error("process {pid} ({name}) runs no KVM virtual machine: give the pid of the VMM itself, not of a wrapper")]
+    #[error(
+        "process {pid} ({name}) runs no KVM virtual machine: give the pid of the VMM itself, not of a wrapper"
+    )]
     NotAVmm {
         /// The process.
         pid: i32,

@@ -63,7 +63,9 @@ impl Process {
         })?;
         let mut fds = KvmFds::default();
         for entry in entries.flatten() {
-            let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
             // A descriptor closed since the listing has no target any more.
             let Ok(target) = fs::read_link(entry.path()) else { continue };
             fds.note(number, &target.to_string_lossy());

@@ -89,7 +89,9 @@ impl Snapshot {
             report.vcpu = *vcpu;
             report.accepted = self.accepted.as_ref().map(|all| {
                 let apic_id = u64::from(*vcpu);
-                all.range((apic_id, 0)..=(apic_id, u64::MAX)).map(|(&(_, vector), &count)| (vector, count)).collect()
+                all.range((apic_id, 0)..=(apic_id, u64::MAX))
+                    .map(|(&(_, vector), &count)| (vector, count))
+                    .collect()
             });
             report.device_accepted = report.accepted.as_ref().map(of_devices);
         }
@@ -99,9 +101,14 @@ impl Snapshot {
     fn notes(&self, traced: u64) -> Vec<String> {
         let mut notes = Vec::new();
         if let Some(reason) = &self.untraced {
-            notes.push(format!("KVM's own counters, no pCPUs and no APIC rows, because nothing may be traced: {reason}"));
+            notes.push(format!(
+                "KVM's own counters, no pCPUs and no APIC rows, because nothing may be traced: {reason}"
+            ));
         } else if traced == 0 && self.kvm_exits > Some(0) {
-            notes.push("this KVM never reports kvm_exit (a software KVM does not): only its own counters are known".into());
+            notes.push(
+                "this KVM never reports kvm_exit (a software KVM does not): only its own counters are known"
+                    .into(),
+            );
         }
         if self.dropped > 0 {
             notes.push(format!("{} events found no room in a histogram: the rows are too low", self.dropped));
@@ -176,10 +183,16 @@ impl Report {
         match (self.exits_total, self.kvm_exits, self.deviation()) {
             (Some(traced), Some(kvm), Some(deviation)) => {
                 let verdict = if self.agrees() == Some(true) { "within" } else { "NOT within" };
-                writeln!(f, "rows {traced}, KVM's own count {kvm}: {:.2} % apart, {verdict} 1 %", 100.0 * deviation)
+                writeln!(
+                    f,
+                    "rows {traced}, KVM's own count {kvm}: {:.2} % apart, {verdict} 1 %",
+                    100.0 * deviation
+                )
             }
             (None, Some(kvm), _) => writeln!(f, "exits, KVM's own count: {kvm}"),
-            (Some(traced), None, _) => writeln!(f, "rows {traced}; KVM's own count cannot be read (any more)"),
+            (Some(traced), None, _) => {
+                writeln!(f, "rows {traced}; KVM's own count cannot be read (any more)")
+            }
             _ => writeln!(f, "no count can be read (any more)"),
         }
     }

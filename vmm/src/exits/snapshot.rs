@@ -81,8 +81,9 @@ impl Snapshot {
         for (tid, [vector], count) in split(counts.injected) {
             self.injected.insert((i32::try_from(tid).unwrap_or(0), vector), count);
         }
-        self.accepted =
-            alone.then(|| split(counts.accepted).map(|(apic_id, [vector], count)| ((apic_id, vector), count)).collect());
+        self.accepted = alone.then(|| {
+            split(counts.accepted).map(|(apic_id, [vector], count)| ((apic_id, vector), count)).collect()
+        });
     }
 }
 
@@ -117,7 +118,11 @@ impl Sub for &Snapshot {
         Snapshot {
             pcpus: pcpus.collect(),
             injected: difference(&self.injected, &earlier.injected),
-            accepted: self.accepted.as_ref().zip(earlier.accepted.as_ref()).map(|(now, then)| difference(now, then)),
+            accepted: self
+                .accepted
+                .as_ref()
+                .zip(earlier.accepted.as_ref())
+                .map(|(now, then)| difference(now, then)),
             threads: if self.threads.is_empty() { earlier.threads.clone() } else { self.threads.clone() },
             kvm_exits: self.kvm_exits.zip(earlier.kvm_exits).map(|(now, then)| now.saturating_sub(then)),
             kvm_vcpus: kvm_vcpus.collect(),

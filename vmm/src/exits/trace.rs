@@ -57,7 +57,8 @@ impl Trace {
     pub(super) fn start(threads: impl Fn() -> Result<Vec<i32>, Error>) -> Result<Trace, Error> {
         let tracefs = mounted()?;
         remove_leftovers(&tracefs);
-        let trace = Trace { vm: Instance::create(&tracefs, "vm")?, host: Instance::create(&tracefs, "host")? };
+        let trace =
+            Trace { vm: Instance::create(&tracefs, "vm")?, host: Instance::create(&tracefs, "host")? };
         trace.vm.follow(threads)?;
 
         let pcpus = configured_cpus();
@@ -120,11 +121,8 @@ impl Instance {
         })?;
         let mut instance = Instance { hold: None, path };
         let hold = instance.path.join("tracing_on");
-        instance.hold = Some(File::open(&hold).map_err(|source| Error::Tracefs {
-            doing: "open",
-            path: hold,
-            source,
-        })?);
+        instance.hold =
+            Some(File::open(&hold).map_err(|source| Error::Tracefs { doing: "open", path: hold, source })?);
         // Nothing is ever written to the buffer, so the smallest will do. Best effort: it only saves memory.
         let _ = instance.write("buffer_size_kb", "4");
         Ok(instance)
