@@ -3,7 +3,9 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use ivcpu_lab::guest;
 use ivcpu_lab::in_host::agent;
+use ivcpu_lab::in_host::drive::{DriveOptions, drive};
 use ivcpu_lab::provision::{Kernel, Provision};
 use ivcpu_lab::shell;
 use ivcpu_lab::workspace::Workspace;
@@ -36,9 +38,14 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Inside the emulated host (or natively): one guest, one kind of traffic, a few figures
+    Drive(DriveOptions),
     /// Inside the emulated host: serve the lab
     #[command(hide = true)]
     Agent,
+    /// Inside a guest: serve the host
+    #[command(hide = true)]
+    Guest,
 }
 
 fn main() -> ExitCode {
@@ -58,6 +65,8 @@ fn main() -> ExitCode {
 fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Agent => agent::serve()?,
+        Command::Guest => guest::serve()?,
+        Command::Drive(options) => println!("{}", serde_json::to_string_pretty(&drive(&options)?)?),
         Command::Provision { kernels } => provision(&Workspace::locate()?, &kernels)?,
         Command::Shell { command } => {
             let status = shell::shell(&Workspace::locate()?, &command)?;

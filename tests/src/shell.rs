@@ -3,13 +3,15 @@
 use std::io::{self, IsTerminal, Write};
 
 use crate::emulated_host::{EmulatedHost, Input, Options, RawTerminal, terminal_size};
-use crate::provision::Provision;
+use crate::image::prepare_guest;
+use crate::provision::{Kernel, Provision};
 use crate::workspace::Workspace;
 
 /// Runs `command` (a shell if empty) in a freshly booted emulated host and gives its exit status.
 pub fn shell(workspace: &Workspace, command: &[String]) -> anyhow::Result<i32> {
     let provision = Provision::new(workspace);
     workspace.build()?;
+    prepare_guest(workspace, &provision, Kernel::V6_12)?;
     let mut host = EmulatedHost::boot(workspace, &provision, &Options::default())?;
     let interactive = command.is_empty() && io::stdin().is_terminal() && io::stdout().is_terminal();
     let mut run = match command {
@@ -22,7 +24,7 @@ pub fn shell(workspace: &Workspace, command: &[String]) -> anyhow::Result<i32> {
         eprintln!(
             "The emulated host: kernel {}, five pCPUs, /dev/kvm. This machine's files are here, read-only; {} is\n\
              {} outside. ivcpu-vmm, ivcpu-backend, ivcpu-lab, qemu-system-x86_64, iperf3, sockperf, ethtool and ip\n\
-             are on PATH; `ivcpu-lab guest-run --help` boots a guest. `exit` powers off.",
+             are on PATH; `ivcpu-lab drive` boots a guest and moves traffic (--help). `exit` powers off.",
             host.kernel(),
             crate::emulated_host::SHARE,
             host.share().display()

@@ -17,19 +17,19 @@ pub const SERVICE: &str = "/usr/sbin/ivcpu-irq";
 const MODULES: [&str; 3] = ["virtio_pci", "virtio_net", "virtio_console"];
 
 /// What goes into a guest's image.
-pub struct Contents<'a> {
+pub(super) struct Contents<'a> {
     /// The guest's kernel.
-    pub kernel: &'a KernelFiles,
+    pub(super) kernel: &'a KernelFiles,
     /// The unpacked tools.
-    pub tools: &'a Unpacked,
+    pub(super) tools: &'a Unpacked,
     /// The lab's own program.
-    pub agent: &'a Path,
+    pub(super) agent: &'a Path,
     /// The shipped interrupt service.
-    pub service: Option<PathBuf>,
+    pub(super) service: Option<PathBuf>,
 }
 
 /// Writes the image to `path`.
-pub fn build_guest(path: &Path, contents: &Contents<'_>) -> Result<(), Error> {
+pub(super) fn build(path: &Path, contents: &Contents<'_>) -> Result<(), Error> {
     let mut image = Image::default();
     let tools = contents.tools;
     image.copy(&tools.find(BUSYBOX)?, "bin/busybox", 0o755)?;

@@ -11,8 +11,28 @@ use std::path::{Path, PathBuf};
 
 use cpio::newc;
 
-pub use guest::{Contents, SERVICE, build_guest};
+use crate::provision::{Kernel, Provision};
+use crate::workspace::Workspace;
+use guest::Contents;
+pub use guest::SERVICE;
 pub use host::build_host;
+
+/// Where the guest image for `kernel` lies.
+pub fn guest_image(workspace: &Workspace, kernel: Kernel) -> PathBuf {
+    workspace.cache().join(format!("guest-{}.img", kernel.name()))
+}
+
+/// Makes the guest image for `kernel`, out of what is built and provisioned now.
+pub fn prepare_guest(workspace: &Workspace, provision: &Provision, kernel: Kernel) -> Result<(), Error> {
+    let service = workspace.root().join("guest-driver/service/ivcpu-irq");
+    let contents = Contents {
+        kernel: &provision.kernel(kernel)?,
+        tools: &provision.tools()?,
+        agent: &workspace.release().join("ivcpu-lab"),
+        service: service.exists().then_some(service),
+    };
+    guest::build(&guest_image(workspace, kernel), &contents)
+}
 
 /// Why an image could not be made.
 #[derive(Debug, thiserror::Error)]
