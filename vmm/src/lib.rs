@@ -1,3 +1,19 @@
 //! A KVM virtual machine monitor with an IVCPU, a virtual CPU that takes every device interrupt.
+//!
+//! A path says the concept: [`machine`] wires the parts together, [`boot`] plays the firmware, [`vcpu`] is KVM's run loop,
+//! [`pci`] and [`virtio`] are what a guest sees of its devices, [`ivcpu`] and [`pin`] say who runs where.
 
+pub mod boot;
+pub mod cli;
 pub mod exits;
+pub mod gsi;
+pub mod ivcpu;
+pub mod machine;
+pub mod memory;
+pub mod pci;
+pub mod pin;
+pub mod power;
+pub mod serial;
+pub mod suboption;
+pub mod terminal;
+pub mod vcpu;

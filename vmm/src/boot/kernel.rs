@@ -1,0 +1,321 @@
+//! The kernel: a bzImage and its initrd are LOADED, and the zero page tells the kernel where everything is.
+//!
+//! The 64-bit boot protocol of `Documentation/arch/x86/boot.rst`: the compressed kernel goes to 1 MiB and is entered
+//! 0x200 beyond; it moves itself to the address it prefers. The initrd goes as high as it may below the hole.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use linux_loader::loader::{BzImage, KernelLoader};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use super::layout;
+use crate::memory::{ECAM_SIZE, ECAM_START, GuestMemory, HOLE_START};
+
+const E820_RAM: u32 = 1;
+const E820_RESERVED: u32 = 2;
+const LOADER_UNDEFINED: u8 = 0xff;
+const XLOADFLAG_64_BIT_ENTRY: u16 = 1;
+const ENTRY_64_BIT: u64 = 0x200;
+/// First boot protocol with `xloadflags`, and so with a 64-bit entry one can check for.
+const OLDEST_PROTOCOL: u16 = 0x020c;
+const PAGE: u64 = 4096;
+
+/// What is booted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KernelOptions {
+    /// The bzImage.
+    pub kernel: PathBuf,
+    /// The initial RAM file system, if any.
+    pub initramfs: Option<PathBuf>,
+    /// The command line.
+    pub command_line: String,
+}
+
+/// What can go wrong while a kernel is loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file could not be opened or read.
+    #[error("cannot read the {what} {path}: {source}")]
+    File {
+        /// kernel or initramfs.
+        what: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// The error of the system.
+        source: io::Error,
+    },
+    /// The file is not a bzImage.
+    #[error(
+        "{path} is not a bzImage ({reason}); give --kernel a compressed x86 Linux kernel, such as /boot/vmlinuz-*"
+    )]
+    NotBzImage {
+        /// Its path.
+        path: PathBuf,
+        /// What the loader missed.
+        reason: String,
+    },
+    /// The kernel has no 64-bit entry point.
+    #[error("{path} has no 64-bit entry point (boot protocol {version:#x}); give --kernel an x86-64 kernel")]
+    Not64Bit {
+        /// Its path.
+        path: PathBuf,
+        /// Boot protocol of the image.
+        version: u16,
+    },
+    /// RAM is too small.
+    #[error(
+        "{what} needs {needed} MiB and the VM has {available} MiB for it; give it more with --memory size="
+    )]
+    TooSmall {
+        /// kernel or initramfs.
+        what: &'static str,
+        /// MiB needed.
+        needed: u64,
+        /// MiB there.
+        available: u64,
+    },
+    /// The command line is too long or holds a zero byte.
+    #[error("the command line has {length} bytes (or a zero byte in it); at most {limit} are possible")]
+    CommandLine {
+        /// Its length.
+        length: usize,
+        /// The limit of kernel and VMM.
+        limit: usize,
+    },
+    /// Guest memory refused a write.
+    #[error("cannot write {what} to guest memory: {source}")]
+    Memory {
+        /// What was written.
+        what: &'static str,
+        /// The error.
+        source: vm_memory::GuestMemoryError,
+    },
+}
+
+/// Loads kernel, initrd and command line, writes the zero page, and returns the address of the first instruction.
+///
+/// `rsdp` is the guest-physical address of the root of the ACPI tables.
+pub fn load(memory: &GuestMemory, options: &KernelOptions, rsdp: u64) -> Result<u64, Error> {
+    let header = load_kernel(memory, &options.kernel)?;
+    let kernel_end = end_of_unpacked_kernel(&header);
+    let mut params = boot_params { hdr: header, acpi_rsdp_addr: rsdp, ..Default::default() };
+    params.hdr.type_of_loader = LOADER_UNDEFINED;
+    if let Some(path) = &options.initramfs {
+        let (address, size) = load_initramfs(memory, path, kernel_end, &header)?;
+        params.hdr.ramdisk_image = address as u32;
+        params.hdr.ramdisk_size = size as u32;
+    }
+    write_command_line(memory, &options.command_line, &header)?;
+    params.hdr.cmd_line_ptr = layout::COMMAND_LINE as u32;
+    fill_e820(memory, &mut params);
+    memory
+        .write_obj(params, GuestAddress(layout::ZERO_PAGE))
+        .map_err(|source| Error::Memory { what: "the zero page", source })?;
+    Ok(layout::HIGH_MEMORY + ENTRY_64_BIT)
+}
+
+fn load_kernel(memory: &GuestMemory, path: &Path) -> Result<setup_header, Error> {
+    let mut file = open("kernel", path)?;
+    let size =
+        file.metadata().map_err(|source| Error::File { what: "kernel", path: path.into(), source })?.len();
+    let available = low_ram_end(memory);
+    if layout::HIGH_MEMORY + size > available {
+        return Err(too_small("the kernel", layout::HIGH_MEMORY + size, available));
+    }
+    let loaded = BzImage::load(memory, Some(GuestAddress(layout::HIGH_MEMORY)), &mut file, None)
+        .map_err(|error| Error::NotBzImage { path: path.into(), reason: error.to_string() })?;
+    let header = loaded
+        .setup_header
+        .ok_or_else(|| Error::NotBzImage { path: path.into(), reason: "no setup header".into() })?;
+    let version = header.version;
+    if version < OLDEST_PROTOCOL || header.xloadflags & XLOADFLAG_64_BIT_ENTRY == 0 {
+        return Err(Error::Not64Bit { path: path.into(), version });
+    }
+    let needed = end_of_unpacked_kernel(&header);
+    if needed > available {
+        return Err(too_small("the kernel", needed, available));
+    }
+    Ok(header)
+}
+
+/// A relocatable kernel unpacks itself at its preferred address or where it was loaded, whichever is higher.
+fn end_of_unpacked_kernel(header: &setup_header) -> u64 {
+    header.pref_address.max(layout::HIGH_MEMORY).saturating_add(u64::from(header.init_size))
+}
+
+/// Reads the initrd to the highest address that kernel and hole allow; returns its address and size.
+fn load_initramfs(
+    memory: &GuestMemory,
+    path: &Path,
+    kernel_end: u64,
+    header: &setup_header,
+) -> Result<(u64, usize), Error> {
+    let mut content = Vec::new();
+    open("initramfs", path)?.read_to_end(&mut content).map_err(|source| Error::File {
+        what: "initramfs",
+        path: path.into(),
+        source,
+    })?;
+    let size = content.len() as u64;
+    let limit = low_ram_end(memory).min(u64::from(header.initrd_addr_max).saturating_add(1));
+    let address = limit
+        .checked_sub(size)
+        .map(|address| address & !(PAGE - 1))
+        .filter(|&address| address >= kernel_end.next_multiple_of(PAGE))
+        .ok_or_else(|| {
+            too_small("the initramfs", size + PAGE, low_ram_end(memory).saturating_sub(kernel_end))
+        })?;
+    memory
+        .write_slice(&content, GuestAddress(address))
+        .map_err(|source| Error::Memory { what: "the initramfs", source })?;
+    Ok((address, content.len()))
+}
+
+fn write_command_line(memory: &GuestMemory, text: &str, header: &setup_header) -> Result<(), Error> {
+    let limit = (header.cmdline_size as usize).min(layout::COMMAND_LINE_SIZE - 1);
+    if text.len() > limit || text.contains('\0') {
+        return Err(Error::CommandLine { length: text.len(), limit });
+    }
+    let mut bytes = text.as_bytes().to_vec();
+    bytes.push(0);
+    memory
+        .write_slice(&bytes, GuestAddress(layout::COMMAND_LINE))
+        .map_err(|source| Error::Memory { what: "the command line", source })
+}
+
+/// RAM below the BIOS area, RAM above 1 MiB, and the ECAM window as reserved (Linux uses it only then).
+fn fill_e820(memory: &GuestMemory, params: &mut boot_params) {
+    let mut entries = vec![(0, layout::LOW_MEMORY_END, E820_RAM), (ECAM_START, ECAM_SIZE, E820_RESERVED)];
+    for region in memory.iter() {
+        let (start, end) = (region.start_addr().raw_value(), region.last_addr().raw_value() + 1);
+        let start = start.max(layout::HIGH_MEMORY);
+        entries.push((start, end - start, E820_RAM));
+    }
+    entries.sort_unstable();
+    params.e820_entries = entries.len() as u8;
+    for (slot, (addr, size, kind)) in params.e820_table.iter_mut().zip(entries) {
+        *slot = boot_e820_entry { addr, size, r#type: kind };
+    }
+}
+
+/// End of the RAM below the hole.
+fn low_ram_end(memory: &GuestMemory) -> u64 {
+    let below_hole = |end: &u64| *end <= HOLE_START;
+    memory.iter().map(|region| region.last_addr().raw_value() + 1).filter(below_hole).max().unwrap_or(0)
+}
+
+fn open(what: &'static str, path: &Path) -> Result<File, Error> {
+    let failed = |source| Error::File { what, path: path.into(), source };
+    let file = File::open(path).map_err(failed)?;
+    if file.metadata().map_err(failed)?.is_dir() {
+        return Err(failed(io::Error::from(io::ErrorKind::IsADirectory)));
+    }
+    Ok(file)
+}
+
+fn too_small(what: &'static str, needed: u64, available: u64) -> Error {
+    Error::TooSmall { what, needed: needed.div_ceil(1 << 20), available: available >> 20 }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    /// A minimal bzImage: one setup sector, the header, and 4 KiB of "kernel".
+    fn image(change: impl FnOnce(&mut setup_header)) -> tempfile::NamedTempFile {
+        let mut header = setup_header {
+            setup_sects: 1,
+            header: 0x5372_6448,
+            version: 0x020f,
+            loadflags: 1,
+            xloadflags: 1,
+            cmdline_size: 2047,
+            initrd_addr_max: 0x7fff_ffff,
+            pref_address: 0x100_0000,
+            init_size: 8 << 20,
+            ..Default::default()
+        };
+        change(&mut header);
+        let mut bytes = vec![0u8; 1024 + 4096];
+        let raw = vm_memory::ByteValued::as_slice(&header);
+        bytes[0x1f1..0x1f1 + raw.len()].copy_from_slice(raw);
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&bytes).unwrap();
+        file
+    }
+
+    fn options(kernel: &Path) -> KernelOptions {
+        KernelOptions { kernel: kernel.into(), initramfs: None, command_line: "console=ttyS0".into() }
+    }
+
+    fn ram(mebibytes: usize) -> GuestMemory {
+        GuestMemory::from_ranges(&[(GuestAddress(0), mebibytes << 20)]).unwrap()
+    }
+
+    #[test]
+    fn the_zero_page_names_command_line_initrd_and_tables() {
+        let kernel = image(|_| ());
+        let mut initramfs = tempfile::NamedTempFile::new().unwrap();
+        initramfs.write_all(&[7; 5000]).unwrap();
+        let memory = ram(64);
+        let options = KernelOptions { initramfs: Some(initramfs.path().into()), ..options(kernel.path()) };
+        assert_eq!(load(&memory, &options, 0xe_0000).unwrap(), 0x10_0200);
+        let params: boot_params = memory.read_obj(GuestAddress(layout::ZERO_PAGE)).unwrap();
+        assert_eq!({ params.acpi_rsdp_addr }, 0xe_0000);
+        assert_eq!({ params.hdr.ramdisk_size }, 5000);
+        let initrd = u64::from(params.hdr.ramdisk_image);
+        assert!(initrd % PAGE == 0 && initrd + 5000 <= 64 << 20);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(initrd + 4999)).unwrap(), 7);
+        let mut text = [0u8; 14];
+        memory.read_slice(&mut text, GuestAddress(u64::from(params.hdr.cmd_line_ptr))).unwrap();
+        assert_eq!(&text, b"console=ttyS0\0");
+        assert_eq!(params.e820_entries, 3);
+    }
+
+    #[test]
+    fn what_is_not_a_64_bit_bzimage_is_refused_with_its_name() {
+        let memory = ram(64);
+        let error = |kernel: &Path| load(&memory, &options(kernel), 0).unwrap_err().to_string();
+        assert!(error(Path::new("/nonexistent/vmlinuz")).contains("/nonexistent/vmlinuz"));
+        assert!(error(Path::new("/proc")).contains("cannot read the kernel"));
+        let script = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(script.path(), "#!/bin/sh\n").unwrap();
+        assert!(error(script.path()).contains("is not a bzImage"));
+        assert!(error(image(|h| h.xloadflags = 0).path()).contains("no 64-bit entry"));
+        assert!(error(image(|h| h.version = 0x0204).path()).contains("no 64-bit entry"));
+    }
+
+    #[test]
+    fn too_little_memory_says_how_much_is_needed() {
+        let kernel = image(|h| h.init_size = 60 << 20);
+        let error = load(&ram(64), &options(kernel.path()), 0).unwrap_err().to_string();
+        assert!(error.contains("the kernel needs 76 MiB and the VM has 64 MiB"), "{error}");
+        let kernel = image(|_| ());
+        let mut initramfs = tempfile::NamedTempFile::new().unwrap();
+        initramfs.write_all(&vec![0; 41 << 20]).unwrap();
+        let options = KernelOptions { initramfs: Some(initramfs.path().into()), ..options(kernel.path()) };
+        let error = load(&ram(64), &options, 0).unwrap_err().to_string();
+        assert!(error.contains("the initramfs needs 42 MiB and the VM has 40 MiB"), "{error}");
+    }
+
+    #[test]
+    fn a_hostile_header_does_not_overflow() {
+        let kernel = image(|h| {
+            h.pref_address = u64::MAX;
+            h.init_size = u32::MAX;
+        });
+        assert!(matches!(load(&ram(64), &options(kernel.path()), 0), Err(Error::TooSmall { .. })));
+    }
+
+    #[test]
+    fn a_command_line_too_long_is_refused() {
+        let kernel = image(|_| ());
+        let options = KernelOptions { command_line: "x".repeat(2048), ..options(kernel.path()) };
+        assert!(matches!(load(&ram(64), &options, 0), Err(Error::CommandLine { .. })));
+    }
+}

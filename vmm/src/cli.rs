@@ -1,0 +1,81 @@
+//! The command line. The words are Cloud Hypervisor's where it has them, so that users can move.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::boot::kernel::KernelOptions;
+use crate::exits;
+use crate::ivcpu::IvcpuOptions;
+use crate::machine::MachineOptions;
+use crate::memory::MemoryOptions;
+use crate::serial::SerialMode;
+use crate::vcpu::CpusOptions;
+
+/// A KVM virtual machine monitor whose guests take every device interrupt on one vCPU of their own, the IVCPU
+#[derive(Debug, Parser)]
+#[command(version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct Cli {
+    /// What to do instead of running a VM.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
+    /// What to run.
+    #[command(flatten)]
+    pub run: Option<RunOptions>,
+}
+
+/// What to do instead of running a VM.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Count the exits of a running VM, of this or any other VMM.
+    Exits(exits::command::ExitsArgs),
+}
+
+/// Run a VM.
+#[derive(Debug, Args)]
+pub struct RunOptions {
+    /// Linux kernel to boot, a bzImage such as /boot/vmlinuz-*
+    #[arg(long, value_name = "PATH")]
+    pub kernel: PathBuf,
+
+    /// Initial RAM file system
+    #[arg(long, value_name = "PATH")]
+    pub initramfs: Option<PathBuf>,
+
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0 panic=-1", allow_hyphen_values = true)]
+    pub cmdline: String,
+
+    /// RAM: size=SIZE[,shared=on]
+    #[arg(long, value_name = "OPTIONS", default_value = "size=512M")]
+    pub memory: MemoryOptions,
+
+    /// vCPUs: boot=N[,affinity=[0@[0],1@[2-3]]][,pv_eoi=on|off]
+    #[arg(long, value_name = "OPTIONS", default_value = "boot=1")]
+    pub cpus: CpusOptions,
+
+    /// Serial console: tty, null, off or file=PATH
+    #[arg(long, value_name = "MODE", default_value = "tty")]
+    pub serial: SerialMode,
+
+    /// One more vCPU, the last, that takes every device interrupt: affinity=[3] names the pCPU it has to itself
+    #[arg(long, value_name = "OPTIONS")]
+    pub ivcpu: Option<IvcpuOptions>,
+}
+
+impl From<RunOptions> for MachineOptions {
+    fn from(options: RunOptions) -> Self {
+        Self {
+            kernel: KernelOptions {
+                kernel: options.kernel,
+                initramfs: options.initramfs,
+                command_line: options.cmdline,
+            },
+            memory: options.memory,
+            cpus: options.cpus,
+            ivcpu: options.ivcpu,
+            serial: options.serial,
+        }
+    }
+}

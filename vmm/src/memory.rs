@@ -1,0 +1,206 @@
+//! Guest memory: where RAM and its holes lie in the guest-physical address space, and the memfd that backs RAM.
+//!
+//! ```text
+//! 0            .. 3 GiB          RAM
+//! 3 GiB        .. 4 GiB          hole: 32-bit PCI window, ECAM, IOAPIC, local APIC, KVM's own pages
+//! 4 GiB        ..                the rest of RAM
+//! above RAM    ..                64-bit PCI window
+//! ```
+//!
+//! RAM is one sealed memfd mapped shared, so a vhost-user backend can map the same pages and nobody can shrink it
+//! under our feet (a shrunk file would turn every access into SIGBUS).
+
+use std::fs::File;
+use std::io;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use vm_memory::{Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+use crate::suboption::{self, ByteSize, SubOptions};
+
+/// First address of the hole below 4 GiB.
+pub const HOLE_START: u64 = 0xc000_0000;
+/// First address above the hole.
+pub const HOLE_END: u64 = 1 << 32;
+/// The 32-bit window of the PCI host bridge, inclusive start and exclusive end.
+pub const PCI_WINDOW_32: (u64, u64) = (HOLE_START, 0xe000_0000);
+/// The enhanced configuration space of PCI bus 0: 1 MiB.
+pub const ECAM_START: u64 = 0xe000_0000;
+/// Bytes of enhanced configuration space: one bus.
+pub const ECAM_SIZE: u64 = 1 << 20;
+/// Where KVM keeps the page of the identity map it needs for real mode on old VMX.
+pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+/// Where KVM keeps its three pages of task state for the same purpose.
+pub const KVM_TSS: u64 = 0xfffb_d000;
+
+/// Least RAM a VM may have; Linux does not unpack in less.
+const MIN_SIZE: u64 = 32 << 20;
+/// Alignment and size of the 64-bit PCI window.
+const PCI_WINDOW_64_ALIGN: u64 = 1 << 32;
+const PCI_WINDOW_64_SIZE: u64 = 32 << 30;
+
+/// Guest memory as every part of the VMM holds it.
+pub type GuestMemory = GuestMemoryMmap<()>;
+
+/// `--memory size=SIZE[,shared=on]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryOptions {
+    /// RAM in bytes.
+    pub size: u64,
+}
+
+impl Default for MemoryOptions {
+    fn default() -> Self {
+        Self { size: 512 << 20 }
+    }
+}
+
+impl FromStr for MemoryOptions {
+    type Err = suboption::Error;
+
+    fn from_str(text: &str) -> Result<Self, suboption::Error> {
+        let mut options = SubOptions::parse(text)?;
+        let size = options.take_with("size", |value| {
+            let ByteSize(size) = value.parse()?;
+            if size < MIN_SIZE || size % (1 << 20) != 0 {
+                return Err("expected whole MiB, 32M at least".to_owned());
+            }
+            if size > 1 << 40 {
+                return Err("expected 1T at most".to_owned());
+            }
+            Ok(size)
+        })?;
+        options.take_with("shared", |value| match value {
+            "on" | "true" => Ok(()),
+            _ => Err("guest memory is always shared here; leave the word out or say on".to_owned()),
+        })?;
+        options.finish()?;
+        Ok(Self { size: size.unwrap_or(Self::default().size) })
+    }
+}
+
+/// What can go wrong while guest memory is made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The memfd could not be made, sized or sealed.
+    #[error(
+        "cannot make {size} MiB of guest memory ({step}): {source}; give the VM less with --memory size="
+    )]
+    Memfd {
+        /// Size asked for, MiB.
+        size: u64,
+        /// The system call that failed.
+        step: &'static str,
+        /// Its error.
+        source: io::Error,
+    },
+    /// It could not be mapped into this process.
+    #[error("cannot map {size} MiB of guest memory: {source}; give the VM less with --memory size=")]
+    Map {
+        /// Size asked for, MiB.
+        size: u64,
+        /// The error of the mapping.
+        source: vm_memory::mmap::FromRangesError,
+    },
+    /// KVM did not take a region.
+    #[error("KVM refuses the memory slot at {start:#x}: {source}")]
+    Slot {
+        /// Guest-physical start of the region.
+        start: u64,
+        /// KVM's error.
+        source: kvm_ioctls::Error,
+    },
+}
+
+/// Makes and maps `size` bytes of guest RAM.
+pub fn allocate(size: u64) -> Result<GuestMemory, Error> {
+    let mebibytes = size >> 20;
+    let memfd = |step, source| Error::Memfd { size: mebibytes, step, source };
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let file = File::from(memfd_create("ivcpu-guest", flags).map_err(|e| memfd("memfd_create", e.into()))?);
+    file.set_len(size).map_err(|e| memfd("ftruncate", e))?;
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(|e| memfd("F_ADD_SEALS", e.into()))?;
+    let file = Arc::new(file);
+    let regions = ranges(size).map(|(start, length, offset)| {
+        (GuestAddress(start), length as usize, Some(FileOffset::from_arc(Arc::clone(&file), offset)))
+    });
+    GuestMemory::from_ranges_with_files(regions).map_err(|source| Error::Map { size: mebibytes, source })
+}
+
+/// The RAM ranges of a guest with `size` bytes: guest-physical start, length, offset in the memfd.
+fn ranges(size: u64) -> impl Iterator<Item = (u64, u64, u64)> {
+    let low = size.min(HOLE_START);
+    let high = size - low;
+    [(0, low, 0), (HOLE_END, high, low)].into_iter().filter(|&(_, length, _)| length != 0)
+}
+
+/// Hands every region of `memory` to KVM as a memory slot.
+pub fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
+    for (slot, region) in memory.iter().enumerate() {
+        let start = region.start_addr().raw_value();
+        let slot = kvm_userspace_memory_region {
+            slot: slot as u32,
+            flags: 0,
+            guest_phys_addr: start,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the slot describes a live mapping of exactly this address and size, owned by `memory`. The machine
+        // keeps `memory` for longer than any vCPU runs, and regions of a `GuestMemory` do not overlap.
+        unsafe { vm.set_user_memory_region(slot) }.map_err(|source| Error::Slot { start, source })?;
+    }
+    Ok(())
+}
+
+/// The 64-bit window of the PCI host bridge, inclusive start and exclusive end: above RAM, and within the
+/// `physical_bits` of address the vCPUs have.
+pub fn pci_window_64(memory: &GuestMemory, physical_bits: u8) -> (u64, u64) {
+    let above_ram = (memory.last_addr().raw_value() + 1).max(HOLE_END).next_multiple_of(PCI_WINDOW_64_ALIGN);
+    let limit = 1u64 << physical_bits.clamp(36, 52);
+    (above_ram, (above_ram + PCI_WINDOW_64_SIZE).min(limit).max(above_ram))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_avoids_the_hole() {
+        let small: Vec<_> = ranges(512 << 20).collect();
+        assert_eq!(small, [(0, 512 << 20, 0)]);
+        let large: Vec<_> = ranges(5 << 30).collect();
+        assert_eq!(large, [(0, HOLE_START, 0), (HOLE_END, 2 << 30, HOLE_START)]);
+    }
+
+    #[test]
+    fn the_64_bit_window_lies_above_ram_and_inside_the_address_width() {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        assert_eq!(pci_window_64(&memory, 48), (1 << 32, (1 << 32) + (32 << 30)));
+        assert_eq!(pci_window_64(&memory, 36).1, (1 << 32) + (32 << 30));
+        let high = GuestMemory::from_ranges(&[(GuestAddress(60 << 30), 1 << 20)]).unwrap();
+        assert_eq!(pci_window_64(&high, 36), (64 << 30, 64 << 30), "no room: empty, never beyond the width");
+    }
+
+    #[test]
+    fn memory_is_sealed_and_shared() {
+        let memory = allocate(32 << 20).unwrap();
+        let region = memory.iter().next().unwrap();
+        let file = region.file_offset().unwrap().file();
+        assert!(file.set_len(4096).is_err(), "shrinking would turn accesses into SIGBUS");
+    }
+
+    #[test]
+    fn options_say_what_is_expected() {
+        assert_eq!("size=1G,shared=on".parse(), Ok(MemoryOptions { size: 1 << 30 }));
+        assert_eq!("".parse(), Ok(MemoryOptions::default()));
+        for bad in ["size=1", "size=16M", "size=2048T", "shared=off", "hugepages=on"] {
+            assert!(bad.parse::<MemoryOptions>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,305 @@
+//! The serial console: a 16550 whose output goes to a sink and whose input comes from standard input.
+//!
+//! Output is collected and written at each line end or full buffer by the vCPU that fills it; what stays behind (a
+//! prompt) is written by the main loop a few milliseconds later, when the timer armed by its first byte expires. So a
+//! line costs one write, not one per byte. Input is read by a thread of its own, because standard input may be a
+//! terminal, a pipe or a file, and only the first two can be polled; its end is no error, the console just hears
+//! nothing more.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use vm_superio::serial::SerialEvents;
+use vm_superio::{Serial, Trigger};
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
+
+/// First I/O port of COM1.
+pub const PORT: u16 = 0x3f8;
+/// Ports of a 16550.
+pub const PORTS: u16 = 8;
+/// The interrupt line of COM1.
+pub const GSI: u32 = 4;
+
+const BUFFER: usize = 4096;
+const FLUSH_AFTER: Duration = Duration::from_millis(5);
+
+/// `--serial tty|null|off|file=PATH`
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum SerialMode {
+    /// Standard input and output.
+    #[default]
+    Tty,
+    /// A port that swallows what is written and never hears anything.
+    Null,
+    /// No port at all.
+    Off,
+    /// Output to a file, no input.
+    File(PathBuf),
+}
+
+impl FromStr for SerialMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "tty" => Ok(Self::Tty),
+            "null" => Ok(Self::Null),
+            "off" => Ok(Self::Off),
+            _ => match text.strip_prefix("file=") {
+                Some(path) if !path.is_empty() => Ok(Self::File(path.into())),
+                _ => Err("expected tty, null, off or file=PATH".to_owned()),
+            },
+        }
+    }
+}
+
+/// What can go wrong while the port is made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file of `--serial file=` could not be made.
+    #[error("cannot create the serial output file {path}: {source}")]
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// The error.
+        source: io::Error,
+    },
+    /// An event or timer file could not be made.
+    #[error("cannot make the serial port's event files: {0}")]
+    Events(io::Error),
+}
+
+/// The interrupt line: an eventfd that KVM turns into an edge on [`GSI`].
+#[derive(Debug)]
+struct Line(EventFd);
+
+impl Trigger for Line {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// Tells the input thread that the receive FIFO has room again.
+#[derive(Debug, Default)]
+struct RoomForInput(Arc<Condvar>);
+
+impl SerialEvents for RoomForInput {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+    fn in_buffer_empty(&self) {
+        self.0.notify_one();
+    }
+}
+
+/// Collects bytes until a line or the buffer is full.
+#[derive(Debug)]
+struct Output<W> {
+    sink: W,
+    pending: Vec<u8>,
+    timer: Option<Arc<Mutex<TimerFd>>>,
+}
+
+impl<W: Write> Output<W> {
+    /// A sink that went away (a closed pipe) must not stop the guest: its bytes are dropped.
+    fn write_pending(&mut self) {
+        let _ = self.sink.write_all(&self.pending).and_then(|()| self.sink.flush());
+        self.pending.clear();
+    }
+}
+
+impl<W: Write> Write for Output<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let first = self.pending.is_empty();
+        self.pending.extend_from_slice(bytes);
+        if bytes.contains(&b'\n') || self.pending.len() >= BUFFER {
+            self.write_pending();
+        } else if first && let Some(timer) = &self.timer {
+            let _ = lock(timer).reset(FLUSH_AFTER, None);
+        }
+        Ok(bytes.len())
+    }
+
+    /// The UART flushes after each byte; the buffer decides for itself.
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+type Uart = Serial<Line, RoomForInput, Output<Box<dyn Write + Send>>>;
+
+/// The serial port of a VM.
+pub struct Port {
+    uart: Mutex<Uart>,
+    room: Arc<Condvar>,
+    interrupt: EventFd,
+    timer: Arc<Mutex<TimerFd>>,
+}
+
+impl Port {
+    /// The port that `mode` asks for; `None` for `off`.
+    pub fn new(mode: &SerialMode) -> Result<Option<Arc<Self>>, Error> {
+        let sink: Box<dyn Write + Send> = match mode {
+            SerialMode::Off => return Ok(None),
+            SerialMode::Null => Box::new(io::sink()),
+            SerialMode::Tty => Box::new(io::stdout()),
+            SerialMode::File(path) => {
+                Box::new(File::create(path).map_err(|source| Error::File { path: path.clone(), source })?)
+            }
+        };
+        Self::with_sink(sink).map(|port| Some(Arc::new(port))).map_err(Error::Events)
+    }
+
+    fn with_sink(sink: Box<dyn Write + Send>) -> io::Result<Self> {
+        let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let timer = Arc::new(Mutex::new(TimerFd::new().map_err(io::Error::from)?));
+        let room = Arc::new(Condvar::new());
+        let output = Output { sink, pending: Vec::with_capacity(BUFFER), timer: Some(Arc::clone(&timer)) };
+        let events = RoomForInput(Arc::clone(&room));
+        let uart = Mutex::new(Serial::with_events(Line(interrupt.try_clone()?), events, output));
+        Ok(Self { uart, room, interrupt, timer })
+    }
+
+    /// The eventfd to be wired to [`GSI`].
+    pub fn interrupt(&self) -> &EventFd {
+        &self.interrupt
+    }
+
+    /// The timer that tells the main loop to call [`Port::flush`].
+    pub fn timer(&self) -> &Arc<Mutex<TimerFd>> {
+        &self.timer
+    }
+
+    /// Writes out what is collected.
+    pub fn flush(&self) {
+        lock(&self.uart).writer_mut().write_pending();
+    }
+
+    /// The guest reads `data.len()` bytes from one register.
+    pub fn read(&self, offset: u8, data: &mut [u8]) {
+        let mut uart = lock(&self.uart);
+        data.fill_with(|| uart.read(offset));
+    }
+
+    /// The guest writes bytes to one register, one after the other.
+    pub fn write(&self, offset: u8, data: &[u8]) {
+        let mut uart = lock(&self.uart);
+        for byte in data {
+            // Only a full interrupt eventfd can fail here, and then the line is up already.
+            let _ = uart.write(offset, *byte);
+        }
+    }
+
+    /// Feeds `input` to the guest until it ends; blocks while the guest does not read.
+    pub fn feed(&self, mut input: impl Read) {
+        let mut bytes = [0u8; 64];
+        loop {
+            match input.read(&mut bytes) {
+                Ok(0) => return,
+                Ok(count) => self.feed_bytes(&bytes[..count]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    tracing::warn!("the console hears nothing more: cannot read standard input: {error}");
+                    return;
+                }
+            }
+        }
+    }
+
+    fn feed_bytes(&self, mut bytes: &[u8]) {
+        let mut uart = lock(&self.uart);
+        while !bytes.is_empty() {
+            match uart.enqueue_raw_bytes(bytes) {
+                // In loop-back mode the port takes nothing from outside.
+                Ok(0) => return,
+                Ok(count) => bytes = &bytes[count..],
+                Err(_) => uart = self.room.wait(uart).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+}
+
+/// No code panics while it holds one of these locks; if one ever did, the console should still work.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Sink(Arc<Mutex<Vec<Vec<u8>>>>);
+
+    impl Write for Sink {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            lock(&self.0).push(bytes.to_vec());
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn port() -> (Port, Sink) {
+        let sink = Sink::default();
+        (Port::with_sink(Box::new(sink.clone())).unwrap(), sink)
+    }
+
+    #[test]
+    fn a_line_is_one_write() {
+        let (port, sink) = port();
+        for byte in b"hello\n" {
+            port.write(0, &[*byte]);
+        }
+        assert_eq!(*lock(&sink.0), [b"hello\n".to_vec()]);
+    }
+
+    #[test]
+    fn a_prompt_arms_the_timer_and_is_flushed() {
+        let (port, sink) = port();
+        port.write(0, b"#");
+        assert!(lock(&port.timer).is_armed().unwrap());
+        assert!(lock(&sink.0).is_empty());
+        port.flush();
+        assert_eq!(*lock(&sink.0), [b"#".to_vec()]);
+    }
+
+    #[test]
+    fn input_raises_the_line_and_waits_for_room() {
+        let (port, _) = port();
+        port.write(1, &[1]); // receive interrupt on
+        let _ = port.interrupt().read();
+        std::thread::scope(|scope| {
+            let feeder = scope.spawn(|| port.feed(&[b'x'; 200][..]));
+            let mut got = 0;
+            while got < 200 {
+                let mut byte = [0];
+                port.read(5, &mut byte);
+                if byte[0] & 1 != 0 {
+                    port.read(0, &mut byte);
+                    assert_eq!(byte[0], b'x');
+                    got += 1;
+                }
+            }
+            feeder.join().unwrap();
+        });
+        assert!(port.interrupt().read().unwrap() > 0);
+    }
+
+    #[test]
+    fn modes_are_words() {
+        assert_eq!("tty".parse(), Ok(SerialMode::Tty));
+        assert_eq!("file=/tmp/x".parse(), Ok(SerialMode::File("/tmp/x".into())));
+        for bad in ["", "file=", "pty", "TTY"] {
+            assert!(bad.parse::<SerialMode>().is_err(), "{bad}");
+        }
+    }
+}
