@@ -2,6 +2,7 @@
 
 pub mod bystander;
 pub mod channel;
+pub mod compare;
 pub mod emulated_host;
 pub mod figures;
 pub mod guest;

@@ -2,10 +2,14 @@
 
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
+use ivcpu_lab::compare::{CompareOptions, compare};
 use ivcpu_lab::guest;
+use ivcpu_lab::in_host::Host;
 use ivcpu_lab::in_host::agent;
 use ivcpu_lab::in_host::drive::{DriveOptions, drive};
+use ivcpu_lab::in_host::measure::{Plan, measure};
 use ivcpu_lab::provision::{Kernel, Provision};
 use ivcpu_lab::shell;
 use ivcpu_lab::workspace::Workspace;
@@ -26,6 +30,8 @@ enum Command {
         #[arg(long, value_delimiter = ',', default_value = "6.12")]
         kernels: Vec<Kernel>,
     },
+    /// Measure stock interrupts, the IVCPU and stock QEMU side by side, and print the paper's Table 1
+    Compare(CompareOptions),
     /// A terminal in the emulated host, or one command there with its exit status
     Shell {
         /// The command and its arguments
@@ -40,6 +46,12 @@ enum Command {
     },
     /// Inside the emulated host (or natively): one guest, one kind of traffic, a few figures
     Drive(DriveOptions),
+    /// Inside the emulated host: measure one VM
+    #[command(hide = true)]
+    Measure {
+        /// The plan, as JSON
+        plan: String,
+    },
     /// Inside the emulated host: serve the lab
     #[command(hide = true)]
     Agent,
@@ -66,6 +78,14 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Agent => agent::serve()?,
         Command::Guest => guest::serve()?,
+        Command::Compare(options) => {
+            let complete = compare(&Workspace::locate()?, &options)?;
+            return Ok(if complete { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        Command::Measure { plan } => {
+            let plan: Plan = serde_json::from_str(&plan).context("reading the plan")?;
+            println!("{}", serde_json::to_string(&measure(&mut Host::emulated()?, &plan)?)?);
+        }
         Command::Drive(options) => println!("{}", serde_json::to_string_pretty(&drive(&options)?)?),
         Command::Provision { kernels } => provision(&Workspace::locate()?, &kernels)?,
         Command::Shell { command } => {

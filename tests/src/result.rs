@@ -4,8 +4,12 @@
 
 use std::fmt;
 
+use clap::ValueEnum;
 use ivcpu_vmm::exits::{Row, Rows};
 use serde::{Deserialize, Serialize};
+
+use crate::in_host::{Layout, Vmm};
+use crate::traffic::{Latency, Workload};
 
 /// Version of the file's layout.
 pub const SCHEMA: u32 = 1;
@@ -55,15 +59,6 @@ macro_rules! words {
 }
 
 words! {
-    /// Who runs the virtual machine.
-    Vmm {
-        /// Our VMM.
-        IvcpuVmm = "ivcpu-vmm",
-        /// Stock QEMU.
-        Qemu = "qemu",
-    }
-}
-words! {
     /// How frames reach the wire.
     Path {
         /// A virtio NIC served by software.
@@ -86,26 +81,6 @@ words! {
         Stock = "stock",
         /// Every device interrupt on the IVCPU.
         Irq = "irq",
-    }
-}
-words! {
-    /// The traffic, seen from the guest.
-    Workload {
-        /// One TCP stream a queue pair, guest to wire.
-        TcpOut = "tcp-out",
-        /// One TCP stream a queue pair, wire to guest.
-        TcpIn = "tcp-in",
-        /// TCP ping-pong of 64-byte messages, started by the guest.
-        TcpRr = "tcp-rr",
-    }
-}
-words! {
-    /// Where the virtual CPUs may run.
-    Layout {
-        /// Each application vCPU on a pCPU of its own.
-        Pinned = "pinned",
-        /// The paper's: two application vCPUs floating over three pCPUs, the IVCPU alone on the fourth.
-        Paper = "paper",
     }
 }
 words! {
@@ -142,14 +117,15 @@ pub struct CaseKey {
     /// Whether the guest may skip EOI exits (`KVM_FEATURE_PV_EOI`).
     pub pv_eoi: bool,
     /// Queue pairs of the NIC.
-    pub queue_pairs: u32,
+    pub queue_pairs: u16,
     /// The backend's `--poll-us`: microseconds or `always`; null where the backend has no such choice.
     pub poll_us: Option<String>,
 }
 
 impl fmt::Display for CaseKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { vmm, path, backend, mode, workload, layout, pv_eoi, queue_pairs, poll_us } = self;
+        let Self { path, backend, mode, pv_eoi, queue_pairs, poll_us, .. } = self;
+        let (vmm, workload, layout) = (word(self.vmm), word(self.workload), word(self.layout));
         write!(f, "{vmm}/{path}/{backend}/{mode}/{workload}/{layout}")?;
         write!(f, "/pv_eoi={}/queue_pairs={queue_pairs}", if *pv_eoi { "on" } else { "off" })?;
         match poll_us {
@@ -157,6 +133,11 @@ impl fmt::Display for CaseKey {
             None => Ok(()),
         }
     }
+}
+
+/// The word that stands for a value on the command line and in the file.
+fn word(value: impl ValueEnum) -> String {
+    value.to_possible_value().map_or_else(String::new, |word| word.get_name().to_owned())
 }
 
 /// One case: what it compares and what was measured. Every figure is null when the case failed or cannot know it.
@@ -173,20 +154,8 @@ pub struct CaseResult {
     pub error: Option<String>,
 }
 
-/// Round-trip percentiles in microseconds.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Latency {
-    /// Median.
-    pub p50: f64,
-    /// 99th percentile.
-    pub p99: f64,
-    /// 99.9th percentile.
-    #[serde(rename = "p99.9")]
-    pub p999: f64,
-}
-
 /// Device interrupts of the NIC as the guest counts them (`/proc/interrupts`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestIrqs {
     /// Taken by the IVCPU; null where there is none.
     pub ivcpu: Option<u64>,

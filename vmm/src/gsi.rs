@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip,
-    kvm_irq_routing_msi,
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
+    kvm_irq_routing_irqchip, kvm_irq_routing_msi,
 };
 use kvm_ioctls::VmFd;
 use vm_allocator::IdAllocator;
@@ -93,8 +93,9 @@ impl MessageRouter for KvmRouter {
             return Ok(());
         }
         // KVM takes the whole table or nothing.
-        let entries: Vec<_> =
-            line_routes().chain(state.messages.iter().map(|(&gsi, &message)| message_route(gsi, message))).collect();
+        let entries: Vec<_> = line_routes()
+            .chain(state.messages.iter().map(|(&gsi, &message)| message_route(gsi, message)))
+            .collect();
         let table = KvmIrqRouting::from_entries(&entries).map_err(|_| Error::Exhausted)?;
         self.vm.set_gsi_routing(&table).map_err(Error::Routes)
     }
@@ -111,7 +112,8 @@ impl MessageRouter for KvmRouter {
 /// The routes KVM starts with: each line to the I/O APIC, the first 16 to the two 8259s as well.
 fn line_routes() -> impl Iterator<Item = kvm_irq_routing_entry> {
     let legacy = (0..16).map(|line| {
-        let (chip, pin) = if line < 8 { (KVM_IRQCHIP_PIC_MASTER, line) } else { (KVM_IRQCHIP_PIC_SLAVE, line - 8) };
+        let (chip, pin) =
+            if line < 8 { (KVM_IRQCHIP_PIC_MASTER, line) } else { (KVM_IRQCHIP_PIC_SLAVE, line - 8) };
         line_route(line, chip, pin)
     });
     legacy.chain((0..LINES).map(|line| line_route(line, KVM_IRQCHIP_IOAPIC, line)))

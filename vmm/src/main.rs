@@ -30,9 +30,9 @@ fn main() -> ExitCode {
             }
             Err(error) => failed(error),
         },
-        (None, None) => {
-            Cli::command().error(ErrorKind::MissingRequiredArgument, "give a kernel to boot: --kernel PATH").exit()
-        }
+        (None, None) => Cli::command()
+            .error(ErrorKind::MissingRequiredArgument, "give a kernel to boot: --kernel PATH")
+            .exit(),
     }
 }
 

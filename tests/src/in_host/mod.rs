@@ -3,6 +3,7 @@
 pub mod agent;
 mod backend;
 pub mod drive;
+pub mod measure;
 mod outside;
 mod vm;
 mod vmm;

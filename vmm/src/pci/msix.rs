@@ -102,7 +102,9 @@ impl Msix {
             match word {
                 // The two lowest bits of the address are reserved.
                 0 => vector.message.address = (vector.message.address & !0xffff_ffff) | u64::from(value & !3),
-                1 => vector.message.address = (vector.message.address & 0xffff_ffff) | (u64::from(value) << 32),
+                1 => {
+                    vector.message.address = (vector.message.address & 0xffff_ffff) | (u64::from(value) << 32)
+                }
                 2 => vector.message.data = value,
                 _ => vector.control = value & ENTRY_MASKED,
             }
