@@ -24,17 +24,17 @@ const PREFIX: &str = "ivcpu-";
 const MOUNT_POINTS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
 
 /// A tracepoint with the keys it is counted by.
-struct Counted {
+pub(super) struct Counted {
     event: &'static str,
-    keys: &'static [&'static str],
+    pub(super) keys: &'static [&'static str],
 }
 
-const EXITS: Counted = Counted { event: "kvm_exit", keys: &["common_cpu", "isa", "exit_reason"] };
-const MSRS: Counted = Counted { event: "kvm_msr", keys: &["common_cpu", "ecx", "write"] };
-const APIC: Counted = Counted { event: "kvm_apic", keys: &["common_cpu", "reg", "rw"] };
-const HYPERCALLS: Counted = Counted { event: "kvm_hypercall", keys: &["common_cpu", "nr"] };
-const INJECTED: Counted = Counted { event: "kvm_inj_virq", keys: &["common_pid", "vector"] };
-const ACCEPTED: Counted = Counted { event: "kvm_apic_accept_irq", keys: &["apicid", "vec"] };
+pub(super) const EXITS: Counted = Counted { event: "kvm_exit", keys: &["common_cpu", "isa", "exit_reason"] };
+pub(super) const MSRS: Counted = Counted { event: "kvm_msr", keys: &["common_cpu", "ecx", "write"] };
+pub(super) const APIC: Counted = Counted { event: "kvm_apic", keys: &["common_cpu", "reg", "rw"] };
+pub(super) const HYPERCALLS: Counted = Counted { event: "kvm_hypercall", keys: &["common_cpu", "nr"] };
+pub(super) const INJECTED: Counted = Counted { event: "kvm_inj_virq", keys: &["common_pid", "vector"] };
+pub(super) const ACCEPTED: Counted = Counted { event: "kvm_apic_accept_irq", keys: &["apicid", "vec"] };
 
 /// The running count for one VM's threads.
 pub(super) struct Trace {
@@ -57,7 +57,8 @@ impl Trace {
     pub(super) fn start(threads: impl Fn() -> Result<Vec<i32>, Error>) -> Result<Trace, Error> {
         let tracefs = mounted()?;
         remove_leftovers(&tracefs);
-        let trace = Trace { vm: Instance::create(&tracefs, "vm")?, host: Instance::create(&tracefs, "host")? };
+        let trace =
+            Trace { vm: Instance::create(&tracefs, "vm")?, host: Instance::create(&tracefs, "host")? };
         trace.vm.follow(threads)?;
 
         let pcpus = configured_cpus();
@@ -120,11 +121,8 @@ impl Instance {
         })?;
         let mut instance = Instance { hold: None, path };
         let hold = instance.path.join("tracing_on");
-        instance.hold = Some(File::open(&hold).map_err(|source| Error::Tracefs {
-            doing: "open",
-            path: hold,
-            source,
-        })?);
+        instance.hold =
+            Some(File::open(&hold).map_err(|source| Error::Tracefs { doing: "open", path: hold, source })?);
         // Nothing is ever written to the buffer, so the smallest will do. Best effort: it only saves memory.
         let _ = instance.write("buffer_size_kb", "4");
         Ok(instance)
@@ -151,6 +149,9 @@ impl Instance {
         let file = format!("events/kvm/{}/trigger", what.event);
         if !self.path.join(&file).exists() {
             return Err(Error::NoTracepoint { event: what.event });
+        }
+        if !self.path.join(format!("events/kvm/{}/hist", what.event)).exists() {
+            return Err(Error::NoHistograms);
         }
         let mut trigger = format!("hist:keys={}:size={}", what.keys.join(","), hist_size(entries));
         if !filter.is_empty() {
