@@ -1,7 +1,7 @@
 //! Exits of one VM, counted exactly, per physical CPU and reason: any VMM's process, VMX and SVM alike.
 //!
-//! The kernel counts ([`trace`]), [`reasons`] maps what it counted to the rows of the table, and KVM's own counter
-//! ([`stats`]) checks the sum. Where tracing is not permitted the counter falls back to KVM's own numbers, which know vCPUs
+//! The kernel counts (`trace`), `reasons` maps what it counted to the rows of the table, and KVM's own counter
+//! (`stats`) checks the sum. Where tracing is not permitted the counter falls back to KVM's own numbers, which know vCPUs
 //! but no pCPUs and no APIC registers, and the report says so.
 
 mod hist;
