@@ -58,3 +58,46 @@ fn parse_entry(entry: &str, keys: &[&str]) -> Option<(Vec<u64>, u64)> {
         .collect::<Option<Vec<u64>>>()?;
     (values.len() == keys.len()).then_some((values, count))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEYS: [&str; 3] = ["common_cpu", "isa", "exit_reason"];
+
+    #[test]
+    fn a_recorded_histogram_adds_up_to_its_own_total() {
+        let text = include_str!("fixtures/x2apic/kvm_exit.hist");
+        let hist = Hist::parse(text, &KEYS).unwrap();
+        assert!(text.contains(&format!("Hits: {}", hist.counts.values().sum::<u64>())));
+        assert!(text.contains(&format!("Entries: {}", hist.counts.len())));
+        assert_eq!(hist.dropped, 0);
+    }
+
+    #[test]
+    fn an_empty_histogram_has_no_entries() {
+        let hist =
+            Hist::parse(include_str!("fixtures/xapic/kvm_hypercall.hist"), &["common_cpu", "nr"]).unwrap();
+        assert_eq!(hist, Hist::default());
+    }
+
+    #[test]
+    fn lost_events_are_reported() {
+        let hist = Hist::parse("Totals:\n    Hits: 9\n    Entries: 2\n    Dropped: 7\n", &KEYS).unwrap();
+        assert_eq!(hist.dropped, 7);
+    }
+
+    #[test]
+    fn a_line_with_other_keys_is_refused() {
+        for line in [
+            "{ common_cpu: 0, exit_reason: 1, isa: 2 } hitcount: 3",
+            "{ common_cpu: 0 } hitcount: 3",
+            "{ common_cpu: 0, isa: 2, exit_reason: IRQ } hitcount: 3",
+            "{ common_cpu: 0, isa: 2, exit_reason: 1 } hitcount:",
+            "{ common_cpu: 0, isa: 2, exit_reason: 1",
+            "Dropped: many",
+        ] {
+            assert_eq!(Hist::parse(line, &KEYS), Err(HistError { line: line.to_owned() }));
+        }
+    }
+}

@@ -1,7 +1,7 @@
 //! Exits of one VM, counted exactly, per physical CPU and reason: any VMM's process, VMX and SVM alike.
 //!
-//! The kernel counts ([`trace`]), [`reasons`] maps what it counted to the rows of the table, and KVM's own counter
-//! ([`stats`]) checks the sum. Where tracing is not permitted the counter falls back to KVM's own numbers, which know vCPUs
+//! The kernel counts (`trace`), `reasons` maps what it counted to the rows of the table, and KVM's own counter
+//! (`stats`) checks the sum. Where tracing is not permitted the counter falls back to KVM's own numbers, which know vCPUs
 //! but no pCPUs and no APIC registers, and the report says so.
 
 mod hist;
@@ -70,6 +70,9 @@ pub enum Error {
         /// The tracepoint.
         event: &'static str,
     },
+    /// This kernel cannot count events by itself.
+    #[error("this kernel was built without histogram triggers (CONFIG_HIST_TRIGGERS)")]
+    NoHistograms,
     /// A file operation in tracefs failed.
     #[error("cannot {doing} {path}")]
     Tracefs {
@@ -88,6 +91,16 @@ pub enum Error {
         /// The line in question.
         source: HistError,
     },
+}
+
+impl Error {
+    /// Whether tracing is out of reach here as a whole, so that KVM's own counters are the next best thing.
+    fn is_no_tracing(&self) -> bool {
+        matches!(
+            self,
+            Error::NoTracefs | Error::NotPermitted { .. } | Error::NoTracepoint { .. } | Error::NoHistograms
+        )
+    }
 }
 
 /// A running count of one VM's exits. Dropping it removes everything it set up.
@@ -112,13 +125,8 @@ impl Counter {
         let own = u32::try_from(pid) == Ok(std::process::id());
         let kvm = KvmStats::open(&process, pidfd.as_fd(), own);
         let trace = match Trace::start(|| process.threads()) {
-            Ok(trace) => Ok(trace),
-            Err(error @ (Error::NoTracefs | Error::NotPermitted { .. } | Error::NoTracepoint { .. }))
-                if kvm.readable() =>
-            {
-                Err(error.to_string())
-            }
-            Err(error) => return Err(error),
+            Err(error) if error.is_no_tracing() && kvm.readable() => Err(error.to_string()),
+            started => Ok(started?),
         };
         let alone = AtomicBool::new(process.is_alone());
         Ok(Counter { process, pidfd, kvm, trace, alone })

@@ -175,3 +175,99 @@ fn vcpu_of_name(name: &str) -> Option<u32> {
 fn number_after(name: &str, prefix: &str) -> Option<u32> {
     name.strip_prefix(prefix)?.parse().ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// A fake /proc and debugfs with QEMU as process 100 (threads 100, 105, 106) and another VM on the host.
+    fn host() -> (tempfile::TempDir, Roots) {
+        let directory = tempfile::tempdir().unwrap();
+        let roots = Roots { proc: directory.path().join("proc"), kvm_debugfs: directory.path().join("kvm") };
+        let qemu = roots.proc.join("100");
+        fs::create_dir_all(qemu.join("fd")).unwrap();
+        fs::write(qemu.join("comm"), "qemu-system-x86\n").unwrap();
+        for (fd, target) in [
+            (0, "/dev/null"),
+            (8, "anon_inode:kvm-vm"),
+            (12, "anon_inode:kvm-vcpu:0"),
+            (13, "anon_inode:kvm-vcpu-stats:0"),
+            (14, "anon_inode:kvm-vcpu:1"),
+        ] {
+            symlink(target, qemu.join(format!("fd/{fd}"))).unwrap();
+        }
+        for (tid, name) in [(100, "qemu-system-x86"), (105, "CPU 0/KVM"), (106, "CPU 1/KVM")] {
+            fs::create_dir_all(qemu.join(format!("task/{tid}"))).unwrap();
+            fs::write(qemu.join(format!("task/{tid}/comm")), format!("{name}\n")).unwrap();
+        }
+        fs::create_dir_all(roots.proc.join("200/fd")).unwrap();
+        fs::write(roots.proc.join("200/comm"), "sh\n").unwrap();
+        for (vm, vcpus) in [("100-8", &[105, 106][..]), ("300-8", &[305])] {
+            for (vcpu, tid) in vcpus.iter().enumerate() {
+                let vcpu = roots.kvm_debugfs.join(format!("{vm}/vcpu{vcpu}"));
+                fs::create_dir_all(&vcpu).unwrap();
+                fs::write(vcpu.join("pid"), format!("{tid}\n")).unwrap();
+            }
+        }
+        (directory, roots)
+    }
+
+    #[test]
+    fn a_vmm_is_known_by_its_descriptors() {
+        let (_directory, roots) = host();
+        let qemu = Process::find(roots, 100).unwrap();
+        assert_eq!(qemu.fds.vms, [8]);
+        assert_eq!(qemu.fds.vcpus, BTreeMap::from([(0, 12), (1, 14)]));
+        assert_eq!(qemu.fds.vcpu_stats, BTreeMap::from([(0, 13)]));
+    }
+
+    #[test]
+    fn other_processes_are_refused() {
+        let (_directory, roots) = host();
+        assert!(
+            matches!(Process::find(roots.clone(), 200), Err(Error::NotAVmm { pid: 200, name }) if name == "sh")
+        );
+        assert!(matches!(Process::find(roots, 201), Err(Error::NoProcess { pid: 201 })));
+    }
+
+    #[test]
+    fn vcpu_threads_are_told_by_debugfs_or_by_their_names() {
+        let (_directory, mut roots) = host();
+        let told = Process::find(roots.clone(), 100).unwrap().vcpu_threads();
+        roots.kvm_debugfs = "/nonexistent".into();
+        let named = Process::find(roots, 100).unwrap().vcpu_threads();
+        assert_eq!(told, named);
+        assert_eq!(
+            told.iter().map(|thread| (thread.vcpu, thread.tid)).collect::<Vec<_>>(),
+            [(0, 105), (1, 106)]
+        );
+    }
+
+    #[test]
+    fn a_vm_made_by_a_thread_that_is_gone_is_found_by_its_vcpus() {
+        let (_directory, roots) = host();
+        fs::rename(roots.kvm_debugfs.join("100-8"), roots.kvm_debugfs.join("104-8")).unwrap();
+        let qemu = Process::find(roots.clone(), 100).unwrap();
+        assert_eq!(qemu.debugfs_vms, [roots.kvm_debugfs.join("104-8")]);
+    }
+
+    #[test]
+    fn another_vm_on_the_host_is_noticed() {
+        let (_directory, roots) = host();
+        let qemu = Process::find(roots.clone(), 100).unwrap();
+        assert!(!qemu.is_alone());
+        fs::remove_dir_all(roots.kvm_debugfs.join("300-8")).unwrap();
+        assert!(qemu.is_alone());
+    }
+
+    #[test]
+    fn vcpu_names_of_several_vmms_are_understood() {
+        for (name, vcpu) in
+            [("CPU 3/KVM", Some(3)), ("vcpu3", Some(3)), ("vcpu_3", Some(3)), ("vhost-3", None)]
+        {
+            assert_eq!(vcpu_of_name(name), vcpu, "{name}");
+        }
+    }
+}

@@ -295,3 +295,6 @@ fn row_of_apic_register(register: u64, write: u64) -> Row {
         _ => Row::ApicAccess,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -139,3 +139,112 @@ fn difference<K: Ord + Clone>(now: &BTreeMap<K, u64>, earlier: &BTreeMap<K, u64>
         .filter(|&(_, count)| count > 0)
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::reasons::Row;
+    use super::super::trace;
+    use super::*;
+
+    fn snapshot(halts: u64, kvm_exits: Option<u64>) -> Snapshot {
+        let events = Events { exits: [((2, 0x78), halts)].into(), ..Events::default() };
+        Snapshot {
+            pcpus: [(3, events)].into(),
+            injected: [((77, 0x22), halts)].into(),
+            accepted: Some([((0, 0x22), 2 * halts), ((0, 0xec), halts)].into()),
+            threads: vec![VcpuThread { vcpu: 0, tid: 77, name: "vcpu0".into() }],
+            kvm_exits,
+            ..Snapshot::default()
+        }
+    }
+
+    #[test]
+    fn a_window_is_the_difference_of_two_snapshots() {
+        let window = &snapshot(150, Some(160)) - &snapshot(50, Some(60));
+        assert_eq!(window.pcpus()[&3].count(Row::Hlt), 100);
+        assert_eq!(window.kvm_exits(), Some(100));
+        let report = window.report();
+        assert_eq!(
+            (report.vcpus[0].device_injected, report.vcpus[0].device_accepted),
+            (Some(100), Some(200))
+        );
+        assert_eq!(report.agrees(), Some(true));
+        assert!(report.notes.is_empty());
+    }
+
+    /// One file of a recording, read with the keys that the counter asks for.
+    macro_rules! recorded {
+        ($event:literal, $counted:ident) => {
+            Hist::parse(include_str!(concat!("fixtures/x2apic/", $event, ".hist")), trace::$counted.keys)
+                .unwrap()
+        };
+    }
+
+    #[test]
+    fn a_recorded_vm_is_reported_as_it_was() {
+        let counts = Counts {
+            exits: recorded!("kvm_exit", EXITS),
+            msrs: recorded!("kvm_msr", MSRS),
+            apic: recorded!("kvm_apic", APIC),
+            hypercalls: recorded!("kvm_hypercall", HYPERCALLS),
+            injected: recorded!("kvm_inj_virq", INJECTED),
+            accepted: recorded!("kvm_apic_accept_irq", ACCEPTED),
+        };
+        let threads = [(0, 217), (1, 218), (2, 219)].map(|(vcpu, tid)| VcpuThread {
+            vcpu,
+            tid,
+            name: format!("CPU {vcpu}/KVM"),
+        });
+        let mut vm = Snapshot { threads: threads.into(), kvm_exits: Some(6379), ..Snapshot::default() };
+        vm.take_counts(counts, true);
+        let report = vm.report();
+        assert_eq!(report.exits_total, Some(6379));
+        assert_eq!(report.pcpus.iter().map(|column| column.exits.total()).sum::<u64>(), 6379);
+        let injected: Vec<_> = report.vcpus.iter().map(|vcpu| vcpu.device_injected).collect();
+        assert_eq!(injected, [Some(0), Some(657 + 884), Some(0)]);
+    }
+
+    #[test]
+    fn a_pcpu_that_did_not_run_the_vm_in_the_window_has_no_column() {
+        let window = &snapshot(50, None) - &snapshot(50, None);
+        assert!(window.pcpus().is_empty());
+        assert_eq!(window.report().kvm_exits, None);
+    }
+
+    #[test]
+    fn rows_that_miss_exits_are_called_out() {
+        let report = snapshot(98, Some(100)).report();
+        assert_eq!(report.agrees(), Some(false));
+        assert!(report.to_string().contains("NOT within 1 %"), "{report}");
+    }
+
+    #[test]
+    fn a_kvm_that_never_reports_exits_is_called_out() {
+        let software =
+            Snapshot { kvm_exits: Some(1000), accepted: Some(BTreeMap::new()), ..Snapshot::default() };
+        let report = software.report();
+        assert_eq!((report.total, report.exits_total), (None, None));
+        assert!(report.notes[0].contains("software KVM"));
+    }
+
+    #[test]
+    fn without_tracing_the_rows_are_unknown_and_not_zero() {
+        let untraced = Snapshot {
+            kvm_exits: Some(100),
+            kvm_vcpus: [(0, [("io_exits".to_owned(), 7)].into())].into(),
+            untraced: Some("no permission".into()),
+            ..Snapshot::default()
+        };
+        let report = untraced.report();
+        assert_eq!((report.exits_total, report.agrees()), (None, None));
+        assert!(report.to_string().contains("io_exits=7"), "{report}");
+    }
+
+    #[test]
+    fn a_report_survives_json() {
+        let report = snapshot(10, Some(10)).report();
+        let json = serde_json::to_string(&report).unwrap();
+        assert!(json.contains(r#""pcpu":3,"exits":{"IO_INSTRUCTION":0,"#), "{json}");
+        assert_eq!(serde_json::from_str::<super::super::Report>(&json).unwrap(), report);
+    }
+}

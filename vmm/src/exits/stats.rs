@@ -170,3 +170,49 @@ fn offsets(header: &Header, descriptors: &[u8]) -> BTreeMap<String, u64> {
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
     bytes.get(at..at + 4).and_then(|word| word.try_into().ok()).map_or(0, u32::from_ne_bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    /// A statistics file as the kernel lays it out, with one counter of interest between two others.
+    fn file(name_size: u32) -> File {
+        let names = ["guest_mode", "exits", "halt_wait_ns"];
+        let descriptors_at = 24 + 48;
+        let data_at = descriptors_at + 3 * (16 + name_size);
+        let mut bytes = Vec::new();
+        for word in [0, name_size, 3, 24, descriptors_at, data_at] {
+            bytes.extend(word.to_ne_bytes());
+        }
+        bytes.resize(descriptors_at as usize, b'x');
+        for (index, name) in names.iter().enumerate() {
+            for word in [0, 1 << 16, 8 * index as u32, 0] {
+                bytes.extend(word.to_ne_bytes());
+            }
+            bytes.extend(name.as_bytes());
+            bytes.resize((descriptors_at + (index as u32 + 1) * (16 + name_size)) as usize, 0);
+        }
+        for value in [5u64, 4711, 6] {
+            bytes.extend(value.to_ne_bytes());
+        }
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&bytes).unwrap();
+        file
+    }
+
+    #[test]
+    fn a_counter_is_found_by_its_name() {
+        let stats = BinaryStats::new(file(48)).unwrap();
+        assert_eq!(stats.read("exits").unwrap(), 4711);
+        assert_eq!(stats.counters(), Counters::from([("exits".to_owned(), 4711)]));
+        assert!(stats.read("io_exits").is_err());
+    }
+
+    #[test]
+    fn a_file_with_absurd_sizes_is_refused() {
+        assert!(BinaryStats::new(file(5000)).is_err());
+        assert!(BinaryStats::new(tempfile::tempfile().unwrap()).is_err());
+    }
+}

@@ -24,17 +24,17 @@ const PREFIX: &str = "ivcpu-";
 const MOUNT_POINTS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
 
 /// A tracepoint with the keys it is counted by.
-struct Counted {
+pub(super) struct Counted {
     event: &'static str,
-    keys: &'static [&'static str],
+    pub(super) keys: &'static [&'static str],
 }
 
-const EXITS: Counted = Counted { event: "kvm_exit", keys: &["common_cpu", "isa", "exit_reason"] };
-const MSRS: Counted = Counted { event: "kvm_msr", keys: &["common_cpu", "ecx", "write"] };
-const APIC: Counted = Counted { event: "kvm_apic", keys: &["common_cpu", "reg", "rw"] };
-const HYPERCALLS: Counted = Counted { event: "kvm_hypercall", keys: &["common_cpu", "nr"] };
-const INJECTED: Counted = Counted { event: "kvm_inj_virq", keys: &["common_pid", "vector"] };
-const ACCEPTED: Counted = Counted { event: "kvm_apic_accept_irq", keys: &["apicid", "vec"] };
+pub(super) const EXITS: Counted = Counted { event: "kvm_exit", keys: &["common_cpu", "isa", "exit_reason"] };
+pub(super) const MSRS: Counted = Counted { event: "kvm_msr", keys: &["common_cpu", "ecx", "write"] };
+pub(super) const APIC: Counted = Counted { event: "kvm_apic", keys: &["common_cpu", "reg", "rw"] };
+pub(super) const HYPERCALLS: Counted = Counted { event: "kvm_hypercall", keys: &["common_cpu", "nr"] };
+pub(super) const INJECTED: Counted = Counted { event: "kvm_inj_virq", keys: &["common_pid", "vector"] };
+pub(super) const ACCEPTED: Counted = Counted { event: "kvm_apic_accept_irq", keys: &["apicid", "vec"] };
 
 /// The running count for one VM's threads.
 pub(super) struct Trace {
@@ -149,6 +149,9 @@ impl Instance {
         let file = format!("events/kvm/{}/trigger", what.event);
         if !self.path.join(&file).exists() {
             return Err(Error::NoTracepoint { event: what.event });
+        }
+        if !self.path.join(format!("events/kvm/{}/hist", what.event)).exists() {
+            return Err(Error::NoHistograms);
         }
         let mut trigger = format!("hist:keys={}:size={}", what.keys.join(","), hist_size(entries));
         if !filter.is_empty() {
