@@ -86,18 +86,20 @@ fn iterate(counter: &AtomicU64, stop: &AtomicBool) {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     use super::*;
 
     #[test]
     fn iterations_grow_on_every_cpu() {
-        let bystander = Bystander::start(&[0, 0], true).expect("CPU 0 exists");
-        thread::sleep(Duration::from_millis(200));
+        let bystander = Bystander::start(&[0, 0], false).expect("CPU 0 exists");
         let first = bystander.iterations();
-        thread::sleep(Duration::from_millis(200));
-        let second = bystander.iterations();
-        assert!(first.iter().zip(&second).all(|(first, second)| second > first), "{first:?} {second:?}");
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let grown = |now: &[u64]| first.iter().zip(now).all(|(first, now)| now > first);
+        while !grown(&bystander.iterations()) {
+            assert!(Instant::now() < deadline, "still {:?} after {first:?}", bystander.iterations());
+            thread::sleep(Duration::from_millis(10));
+        }
     }
 
     #[test]

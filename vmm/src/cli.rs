@@ -11,6 +11,7 @@ use crate::machine::MachineOptions;
 use crate::memory::MemoryOptions;
 use crate::serial::SerialMode;
 use crate::vcpu::CpusOptions;
+use crate::virtio::vhost_user_net::NetOptions;
 
 /// A KVM virtual machine monitor whose guests take every device interrupt on one vCPU of their own, the IVCPU
 #[derive(Debug, Parser)]
@@ -55,6 +56,10 @@ pub struct RunOptions {
     #[arg(long, value_name = "OPTIONS", default_value = "boot=1")]
     pub cpus: CpusOptions,
 
+    /// Network device, once for each: vhost_user=true,socket=PATH[,mac=MAC][,num_queues=2N][,queue_size=256]
+    #[arg(long, value_name = "OPTIONS")]
+    pub net: Vec<NetOptions>,
+
     /// Serial console: tty, null, off or file=PATH
     #[arg(long, value_name = "MODE", default_value = "tty")]
     pub serial: SerialMode,
@@ -75,6 +80,7 @@ impl From<RunOptions> for MachineOptions {
             memory: options.memory,
             cpus: options.cpus,
             ivcpu: options.ivcpu,
+            net: options.net,
             serial: options.serial,
         }
     }

@@ -18,3 +18,4 @@ pub mod serial;
 pub mod suboption;
 pub mod terminal;
 pub mod vcpu;
+pub mod virtio;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,14 +14,18 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::boot::{acpi, cpuid, kernel, mtrr, registers};
+use crate::gsi::{self, KvmRouter, MessageRouter};
 use crate::ivcpu::{self, IvcpuOptions};
 use crate::memory::{self, ECAM_SIZE, ECAM_START, GuestMemory, MemoryOptions};
-use crate::pci::bus::{Bus, CONFIG_PORTS};
+use crate::pci::bus::{self, Bus, CONFIG_PORTS};
 use crate::pin;
 use crate::power::{self, EndSignal, Ending};
 use crate::serial::{self, SerialMode};
 use crate::terminal::RawMode;
 use crate::vcpu::{self, CpusOptions, Running, Vcpu};
+use crate::virtio::session;
+use crate::virtio::transport::{self, KickRouter, Transport, Wiring};
+use crate::virtio::vhost_user_net::{NetOptions, VhostUserNet};
 
 /// How long vCPU threads may take to leave the guest. One that is stuck writing to a blocked console is left behind;
 /// the end of the process takes it along.
@@ -38,6 +42,8 @@ pub struct MachineOptions {
     pub cpus: CpusOptions,
     /// The IVCPU, if there is one.
     pub ivcpu: Option<IvcpuOptions>,
+    /// Network devices.
+    pub net: Vec<NetOptions>,
     /// The serial port.
     pub serial: SerialMode,
 }
@@ -82,6 +88,23 @@ pub enum Error {
     /// The serial port.
     #[error(transparent)]
     Serial(#[from] serial::Error),
+    /// Interrupt lines.
+    #[error(transparent)]
+    Gsi(#[from] gsi::Error),
+    /// A vhost-user backend.
+    #[error(transparent)]
+    Session(#[from] session::Error),
+    /// A virtio device.
+    #[error(transparent)]
+    Transport(#[from] transport::Error),
+    /// Too many devices.
+    #[error(transparent)]
+    Bus(#[from] bus::Full),
+    /// No place for a BAR.
+    #[error(
+        "no guest address is left for the BAR of another device; give the VM less memory or fewer devices"
+    )]
+    NoBar,
     /// pCPUs.
     #[error(transparent)]
     Pin(#[from] pin::Error),
@@ -161,6 +184,7 @@ pub struct Machine {
     // Dropped in this order: vCPUs before the VM, the VM before its memory.
     vcpus: Vec<Vcpu>,
     devices: Arc<Devices>,
+    net: Vec<VhostUserNet>,
     end: Arc<EndSignal>,
     interactive: bool,
     _vm: Arc<VmFd>,
@@ -185,7 +209,14 @@ impl Machine {
         if let Some(port) = &serial {
             vm.register_irqfd(port.interrupt(), serial::GSI).map_err(kvm_error("the serial interrupt"))?;
         }
-        let devices = Arc::new(Devices { serial, pci: Bus::default() });
+        let wiring = Wiring {
+            memory: memory.clone(),
+            messages: Arc::new(KvmRouter::new(Arc::clone(&vm))?) as Arc<dyn MessageRouter>,
+            kicks: Arc::clone(&vm) as Arc<dyn KickRouter>,
+        };
+        let mut pci = Bus::default();
+        let net = add_net(&mut pci, &wiring, &options.net, pci_window_64)?;
+        let devices = Arc::new(Devices { serial, pci });
 
         let rsdp = acpi::write(&memory, acpi::Platform { vcpus: placement.vcpus(), pci_window_64 })?;
         let mut boot = options.kernel.clone();
@@ -200,6 +231,7 @@ impl Machine {
         Ok(Self {
             vcpus,
             devices,
+            net,
             end: Arc::new(EndSignal::new().map_err(system("make an eventfd"))?),
             interactive: options.serial == SerialMode::Tty,
             _vm: vm,
@@ -229,6 +261,10 @@ impl Machine {
                     .spawn(feed)
                     .map_err(system("start the input thread"))?;
             }
+        }
+
+        for net in self.net.drain(..) {
+            events.add_subscriber(Box::new(net));
         }
 
         let mut running = Vec::new();
@@ -355,6 +391,26 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(kvm_error("the interval timer"))?;
     Ok(vm)
+}
+
+/// Puts the network devices on the bus, their BARs from the start of the 64-bit window on.
+fn add_net(
+    bus: &mut Bus,
+    wiring: &Wiring,
+    options: &[NetOptions],
+    (window_start, window_end): (u64, u64),
+) -> Result<Vec<VhostUserNet>, Error> {
+    let mut devices = Vec::new();
+    for (number, options) in (0u64..).zip(options) {
+        let bar = window_start + number * transport::BAR_SIZE;
+        if bar + transport::BAR_SIZE > window_end {
+            return Err(Error::NoBar);
+        }
+        let net = VhostUserNet::new(options.clone(), wiring.memory.clone())?;
+        bus.add(Arc::new(Mutex::new(Transport::new(net.clone(), wiring.clone(), bar)?)))?;
+        devices.push(net);
+    }
+    Ok(devices)
 }
 
 fn create_vcpu(

@@ -4,7 +4,7 @@
 //! masked the tie is cut: a write then stays in the eventfd, and that *is* the pending bit. Tying it again delivers what
 //! stayed, because KVM looks at the eventfd when it takes it. So nothing is lost and nothing is emulated.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -120,7 +120,7 @@ impl Msix {
                 let pending = self
                     .vectors
                     .get(first.saturating_add(bit))
-                    .is_some_and(|vector| !vector.connected && is_readable(vector.event.as_fd_checked()));
+                    .is_some_and(|vector| !vector.connected && is_readable(&vector.event));
                 bits | (u8::from(pending) << bit)
             });
         }
@@ -159,20 +159,11 @@ impl Vector {
     }
 }
 
-/// An eventfd as a borrowed descriptor.
-trait AsFdChecked {
-    fn as_fd_checked(&self) -> BorrowedFd<'_>;
-}
-
-impl AsFdChecked for EventFd {
-    fn as_fd_checked(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor is open for as long as `self`, which the returned borrow keeps alive.
-        unsafe { BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(self)) }
-    }
-}
-
-fn is_readable(event: BorrowedFd<'_>) -> bool {
-    let mut fds = [PollFd::new(event.as_fd(), PollFlags::POLLIN)];
+/// Whether the eventfd was written and not yet read, without reading it.
+fn is_readable(event: &EventFd) -> bool {
+    // SAFETY: the descriptor is open for as long as `event` is borrowed, which is longer than the borrow made here lives.
+    let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+    let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
     poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 

@@ -1,0 +1,112 @@
+//! A deadline for a peer: while a guard lives longer than allowed, the connection is shut down and the blocked call on it
+//! returns with an error. The vhost crate waits for replies without a limit, and a peer that never answers must not
+//! stop a vCPU or the event loop for ever.
+
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use std::{io, thread};
+
+#[derive(Debug, Default)]
+struct State {
+    expires: Option<Instant>,
+    ended: bool,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// Watches one connection.
+#[derive(Debug)]
+pub struct Deadline {
+    shared: Arc<Shared>,
+    within: Duration,
+}
+
+/// As long as this lives, the deadline runs.
+#[derive(Debug)]
+pub struct Guard<'a>(&'a Deadline);
+
+impl Deadline {
+    /// Watches `stream`; calls on it may take `within`.
+    pub fn new(stream: UnixStream, within: Duration) -> io::Result<Self> {
+        let shared = Arc::<Shared>::default();
+        let seen = Arc::clone(&shared);
+        thread::Builder::new().name("vhost-deadline".into()).spawn(move || watch(&seen, &stream))?;
+        Ok(Self { shared, within })
+    }
+
+    /// Starts the clock.
+    pub fn start(&self) -> Guard<'_> {
+        self.set(Some(Instant::now() + self.within), false);
+        Guard(self)
+    }
+
+    fn set(&self, expires: Option<Instant>, ended: bool) {
+        *lock(&self.shared.state) = State { expires, ended };
+        self.shared.changed.notify_one();
+    }
+}
+
+impl Drop for Guard<'_> {
+    fn drop(&mut self) {
+        self.0.set(None, false);
+    }
+}
+
+impl Drop for Deadline {
+    fn drop(&mut self) {
+        self.set(None, true);
+    }
+}
+
+fn watch(shared: &Shared, stream: &UnixStream) {
+    let mut state = lock(&shared.state);
+    while !state.ended {
+        state = match state.expires.map(|expires| expires.saturating_duration_since(Instant::now())) {
+            None => shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+            Some(Duration::ZERO) => {
+                tracing::warn!("the vhost-user backend does not answer; the connection is given up");
+                let _ = stream.shutdown(Shutdown::Both);
+                return;
+            }
+            Some(left) => shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0,
+        };
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+
+    #[test]
+    fn a_silent_peer_ends_the_call() {
+        let (mut ours, _peer) = UnixStream::pair().unwrap();
+        let deadline = Deadline::new(ours.try_clone().unwrap(), Duration::from_millis(20)).unwrap();
+        let guard = deadline.start();
+        assert_eq!(ours.read(&mut [0; 8]).unwrap(), 0);
+        drop(guard);
+    }
+
+    #[test]
+    fn calls_in_time_leave_the_connection_alone() {
+        let (mut ours, mut peer) = UnixStream::pair().unwrap();
+        let deadline = Deadline::new(ours.try_clone().unwrap(), Duration::from_millis(200)).unwrap();
+        for _ in 0..3 {
+            drop(deadline.start());
+        }
+        thread::sleep(Duration::from_millis(250));
+        io::Write::write_all(&mut peer, &[1]).unwrap();
+        assert_eq!(ours.read(&mut [0; 8]).unwrap(), 1);
+    }
+}

@@ -1,0 +1,105 @@
+//! Virtio 1.2 devices behind the PCI transport.
+//!
+//! [`registers`] is what the driver programs, [`transport`] the PCI function around it, [`vhost_user_net`] the one device
+//! there is; its rings are served by another process over a [`session`], its [`control_queue`] here.
+
+pub mod control_queue;
+pub mod deadline;
+pub mod registers;
+pub mod session;
+pub mod transport;
+pub mod vhost_user_net;
+
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vmm_sys_util::eventfd::EventFd;
+
+/// A queue as the driver set it up when it said DRIVER_OK. A copy: what the driver writes to the registers afterwards
+/// changes nothing here. Addresses are guest-physical and were inside RAM when checked.
+#[derive(Debug)]
+pub struct Queue {
+    /// Number of the queue in the device.
+    pub index: u16,
+    /// Entries, a power of two.
+    pub size: u16,
+    /// Descriptor table.
+    pub descriptors: u64,
+    /// Available ring, which the driver writes.
+    pub available: u64,
+    /// Used ring, which the device writes.
+    pub used: u64,
+    /// Written when the driver has made buffers available.
+    pub kick: EventFd,
+    /// To be written when buffers were used.
+    pub call: EventFd,
+}
+
+/// What a device gets when the driver is ready.
+#[derive(Debug)]
+pub struct Activation {
+    /// Features that driver and device agreed on.
+    pub features: u64,
+    /// The queues the driver enabled.
+    pub queues: Vec<Queue>,
+    /// How to tell the driver of a change of the configuration.
+    pub config_change: Arc<ConfigChange>,
+}
+
+/// A virtio device behind a transport. The guest chooses all offsets and lengths.
+pub trait Device: Send {
+    /// Virtio device id.
+    fn id(&self) -> u16;
+    /// PCI class code.
+    fn class(&self) -> u32;
+    /// Features the device offers.
+    fn features(&self) -> u64;
+    /// Largest size of each queue.
+    fn queue_sizes(&self) -> Vec<u16>;
+    /// A read of the device's configuration; what is not there reads as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// The driver is ready. A device that cannot go on says so in its own way; the driver cannot.
+    fn activate(&mut self, activation: Activation);
+    /// Whether [`Device::kicked`] serves this queue; all others are kicked through their eventfd.
+    fn serves(&self, queue: u16) -> bool;
+    /// The driver kicked a queue that the device serves on the vCPU's own thread.
+    fn kicked(&mut self, queue: u16);
+    /// The driver gave up the device. When this returns nobody touches the queues any more.
+    fn reset(&mut self);
+}
+
+/// How a device tells its driver that the configuration changed.
+#[derive(Debug, Default)]
+pub struct ConfigChange {
+    generation: AtomicU8,
+    status: AtomicU8,
+    call: Mutex<Option<EventFd>>,
+}
+
+const ISR_CONFIG: u8 = 1 << 1;
+
+impl ConfigChange {
+    /// The configuration changed: a new generation, and an interrupt if the driver wants one.
+    pub fn announce(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        self.status.fetch_or(ISR_CONFIG, Ordering::SeqCst);
+        if let Some(call) = &*self.call.lock().unwrap_or_else(PoisonError::into_inner) {
+            let _ = call.write(1);
+        }
+    }
+
+    /// The generation as the driver reads it.
+    pub fn generation(&self) -> u8 {
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    /// The interrupt status register: reading clears it.
+    fn take_status(&self) -> u8 {
+        self.status.swap(0, Ordering::SeqCst)
+    }
+
+    /// From now on changes interrupt through this eventfd, or not at all.
+    fn set_call(&self, call: Option<EventFd>) {
+        *self.call.lock().unwrap_or_else(PoisonError::into_inner) = call;
+    }
+}

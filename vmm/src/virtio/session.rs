@@ -1,0 +1,261 @@
+//! A session with a vhost-user backend: one connection, from the first message to the hang-up.
+//!
+//! Order of the messages: features and protocol features, owner; when the driver is ready memory, then for each ring its
+//! size, addresses, base, call and kick; then the rings that are in use are enabled. A ring stops with GET_VRING_BASE. Every request
+//! asks for an acknowledgement where the backend gives one, so an error is met where it happens.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+use super::Queue;
+use super::deadline::Deadline;
+use crate::memory::GuestMemory;
+
+/// How long the backend may take to answer.
+const ANSWER_WITHIN: Duration = Duration::from_secs(3);
+/// Where the used index is in the used ring.
+const USED_INDEX: u64 = 2;
+
+/// What can go wrong with a backend.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nobody listens.
+    #[error(
+        "cannot connect to the vhost-user backend at {path}: {source}; start the backend first and give its socket"
+    )]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// The error.
+        source: io::Error,
+    },
+    /// The peer listens but does not answer as a backend does, or hung up.
+    #[error("the vhost-user backend at {path} failed at {step}: {source}; is another VMM connected to it?")]
+    Message {
+        /// The socket.
+        path: PathBuf,
+        /// Which message.
+        step: &'static str,
+        /// The error.
+        source: vhost::Error,
+    },
+    /// The backend cannot do what every guest needs.
+    #[error("the vhost-user backend at {path} does not offer {feature}; use one that does")]
+    Lacks {
+        /// The socket.
+        path: PathBuf,
+        /// What.
+        feature: &'static str,
+    },
+    /// The backend has fewer rings than wanted.
+    #[error(
+        "the vhost-user backend at {path} has {has} rings and {wanted} are wanted; lower num_queues= or raise the backend's number"
+    )]
+    TooFewRings {
+        /// The socket.
+        path: PathBuf,
+        /// Rings it has.
+        has: u64,
+        /// Rings wanted.
+        wanted: u64,
+    },
+    /// A backend that came back differs from the one the driver negotiated with.
+    #[error(
+        "the vhost-user backend at {path} came back without features {missing:#x} the guest uses; start it as before"
+    )]
+    Changed {
+        /// The socket.
+        path: PathBuf,
+        /// The features.
+        missing: u64,
+    },
+    /// A ring lies outside guest memory; the transport checked that it does not.
+    #[error("a ring at {0:#x} is outside guest memory")]
+    Ring(u64),
+    /// A file or thread of the VMM itself.
+    #[error("cannot set up the connection to the vhost-user backend: {0}")]
+    System(#[from] io::Error),
+}
+
+/// Where a ring starts in a backend that has not seen it yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Base {
+    /// At its first entry: the driver just made it.
+    Fresh,
+    /// Where the backend before stopped: at the used index it left in guest memory. What it had taken and not
+    /// returned is done again.
+    UsedIndex,
+}
+
+/// A connection to a backend.
+pub struct Session {
+    frontend: Frontend,
+    stream: UnixStream,
+    deadline: Deadline,
+    path: PathBuf,
+    offered: u64,
+    started: Vec<usize>,
+}
+
+impl Session {
+    /// Connects and negotiates; `vrings` rings will be used.
+    pub fn connect(path: &Path, vrings: u64) -> Result<Self, Error> {
+        let stream =
+            UnixStream::connect(path).map_err(|source| Error::Connect { path: path.into(), source })?;
+        let deadline = Deadline::new(stream.try_clone()?, ANSWER_WITHIN)?;
+        let frontend = Frontend::from_stream(stream.try_clone()?, vrings);
+        let mut session =
+            Self { frontend, stream, deadline, path: path.into(), offered: 0, started: Vec::new() };
+        session.negotiate(vrings)?;
+        Ok(session)
+    }
+
+    fn negotiate(&mut self, vrings: u64) -> Result<(), Error> {
+        let _guard = self.deadline.start();
+        let failed = |step| message_error(&self.path, step);
+        self.frontend.set_owner().map_err(failed("SET_OWNER"))?;
+        self.offered = self.frontend.get_features().map_err(failed("GET_FEATURES"))?;
+        if self.offered & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
+            return Err(Error::Lacks { path: self.path.clone(), feature: "protocol features" });
+        }
+        let protocol = negotiate_protocol(&mut self.frontend, &self.path)?;
+        if vrings <= 2 {
+            return Ok(());
+        }
+        if !protocol.contains(VhostUserProtocolFeatures::MQ) {
+            return Err(Error::TooFewRings { path: self.path.clone(), has: 2, wanted: vrings });
+        }
+        let has = self.frontend.get_queue_num().map_err(failed("GET_QUEUE_NUM"))?;
+        if has >= vrings {
+            return Ok(());
+        }
+        if 2 * has < vrings {
+            return Err(Error::TooFewRings { path: self.path.clone(), has: 2 * has, wanted: vrings });
+        }
+        // A backend that counts queue pairs, as DPDK does. The crate has taken the number for a limit on rings, so it
+        // is told anew on the same connection.
+        self.frontend = Frontend::from_stream(self.stream.try_clone()?, vrings);
+        self.frontend.get_features().map_err(failed("GET_FEATURES"))?;
+        negotiate_protocol(&mut self.frontend, &self.path)?;
+        Ok(())
+    }
+
+    /// Features the backend offers.
+    pub fn offered(&self) -> u64 {
+        self.offered
+    }
+
+    /// The file to watch for the hang-up.
+    pub fn as_raw_fd(&self) -> RawFd {
+        self.stream.as_raw_fd()
+    }
+
+    /// Gives the rings to the backend; those for which `enabled` says so may carry packets.
+    pub fn start(
+        &mut self,
+        memory: &GuestMemory,
+        features: u64,
+        rings: &[Queue],
+        base: Base,
+        enabled: impl Fn(u16) -> bool,
+    ) -> Result<(), Error> {
+        let _guard = self.deadline.start();
+        let failed = |step| message_error(&self.path, step);
+        let features = (features & self.offered) | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        self.frontend.set_features(features).map_err(failed("SET_FEATURES"))?;
+        let regions: Vec<_> = memory
+            .iter()
+            .map(VhostUserMemoryRegionInfo::from_guest_region)
+            .collect::<Result<_, _>>()
+            .map_err(failed("the memory table"))?;
+        self.frontend.set_mem_table(&regions).map_err(failed("SET_MEM_TABLE"))?;
+        for ring in rings {
+            let index = usize::from(ring.index);
+            self.frontend.set_vring_num(index, ring.size).map_err(failed("SET_VRING_NUM"))?;
+            self.frontend
+                .set_vring_addr(index, &addresses(memory, ring)?)
+                .map_err(failed("SET_VRING_ADDR"))?;
+            let start = match base {
+                Base::Fresh => 0,
+                Base::UsedIndex => memory
+                    .load(GuestAddress(ring.used + USED_INDEX), Ordering::Acquire)
+                    .map_err(|_| Error::Ring(ring.used))?,
+            };
+            self.frontend.set_vring_base(index, start).map_err(failed("SET_VRING_BASE"))?;
+            self.frontend.set_vring_call(index, &ring.call).map_err(failed("SET_VRING_CALL"))?;
+            self.frontend.set_vring_kick(index, &ring.kick).map_err(failed("SET_VRING_KICK"))?;
+            self.started.push(index);
+        }
+        for ring in rings {
+            let on = enabled(ring.index);
+            self.frontend
+                .set_vring_enable(usize::from(ring.index), on)
+                .map_err(failed("SET_VRING_ENABLE"))?;
+        }
+        Ok(())
+    }
+
+    /// Lets a ring carry packets, or not.
+    pub fn set_enabled(&mut self, ring: u16, on: bool) -> Result<(), Error> {
+        let _guard = self.deadline.start();
+        self.frontend
+            .set_vring_enable(usize::from(ring), on)
+            .map_err(message_error(&self.path, "SET_VRING_ENABLE"))
+    }
+
+    /// Takes all rings back; the backend does not touch them when this returns.
+    pub fn stop(&mut self) -> Result<(), Error> {
+        let _guard = self.deadline.start();
+        for index in self.started.drain(..) {
+            self.frontend.get_vring_base(index).map_err(message_error(&self.path, "GET_VRING_BASE"))?;
+        }
+        Ok(())
+    }
+
+    /// Gives the connection up. Whoever watches it sees a hang-up.
+    pub fn abandon(&self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+fn negotiate_protocol(frontend: &mut Frontend, path: &Path) -> Result<VhostUserProtocolFeatures, Error> {
+    let offered = frontend.get_protocol_features().map_err(message_error(path, "GET_PROTOCOL_FEATURES"))?;
+    let wanted = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
+    let agreed = offered & wanted;
+    frontend.set_protocol_features(agreed).map_err(message_error(path, "SET_PROTOCOL_FEATURES"))?;
+    if agreed.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+        frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    }
+    Ok(agreed)
+}
+
+fn message_error(path: &Path, step: &'static str) -> impl Fn(vhost::Error) -> Error {
+    move |source| Error::Message { path: path.into(), step, source }
+}
+
+/// The addresses of a ring as the backend wants them: in this process.
+fn addresses(memory: &GuestMemory, ring: &Queue) -> Result<VringConfigData, Error> {
+    let host = |address| match memory.get_host_address(GuestAddress(address)) {
+        Ok(pointer) => Ok(pointer as u64),
+        Err(_) => Err(Error::Ring(address)),
+    };
+    Ok(VringConfigData {
+        queue_max_size: ring.size,
+        queue_size: ring.size,
+        flags: 0,
+        desc_table_addr: host(ring.descriptors)?,
+        used_ring_addr: host(ring.used)?,
+        avail_ring_addr: host(ring.available)?,
+        log_addr: None,
+    })
+}

@@ -1,0 +1,526 @@
+//! The network device: a virtio-net device whose packets a vhost-user backend moves.
+//!
+//! The VMM has the configuration space and the control queue; the backend has the rings of packets, their kicks come to
+//! it from KVM and its calls go to the guest through KVM. So while packets flow nothing of them passes through here.
+//!
+//! When the backend hangs up, the link goes down and the socket is tried every [`RETRY`]. When a backend
+//! answers again it gets everything anew, each ring from the used index the lost one left in guest memory, and a kick on
+//! each, because the driver may have suppressed its own on the word of the lost backend; each call is given once as well,
+//! for what the lost backend returned and did not tell. The device never changes what it offers: a backend that comes
+//! back with less than the driver negotiated is not taken.
+
+use std::io::{self, Read};
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::*;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::control_queue::{self, Command, ControlQueue};
+use super::session::{Base, Error, Session};
+use super::{Activation, ConfigChange, Device, Queue};
+use crate::memory::GuestMemory;
+use crate::suboption::{self, SubOptions};
+
+/// How often a lost backend is tried.
+pub const RETRY: Duration = Duration::from_millis(100);
+
+const CLASS_ETHERNET: u32 = 0x02_0000;
+const VIRTIO_F_IN_ORDER: u32 = 35;
+
+/// Features that only the backend can provide: offered if it does.
+const FROM_BACKEND: &[u32] = &[
+    VIRTIO_NET_F_CSUM,
+    VIRTIO_NET_F_GUEST_CSUM,
+    VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_GUEST_ECN,
+    VIRTIO_NET_F_GUEST_UFO,
+    VIRTIO_NET_F_HOST_TSO4,
+    VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_HOST_ECN,
+    VIRTIO_NET_F_HOST_UFO,
+    VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_RING_F_EVENT_IDX,
+    VIRTIO_F_VERSION_1,
+    VIRTIO_F_IN_ORDER,
+];
+/// Features of the configuration space and the control queue, which are here.
+const FROM_VMM: &[u32] = &[
+    VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_CTRL_RX,
+    VIRTIO_NET_F_CTRL_MAC_ADDR,
+    VIRTIO_NET_F_GUEST_ANNOUNCE,
+];
+
+/// `--net vhost_user=true,socket=PATH[,mac=MAC][,num_queues=2N][,queue_size=256]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetOptions {
+    /// The socket where the backend listens.
+    pub socket: PathBuf,
+    /// The address of the device.
+    pub mac: Mac,
+    /// Queue pairs; `num_queues` counts both queues of each.
+    pub pairs: u16,
+    /// Entries of each queue.
+    pub queue_size: u16,
+}
+
+impl FromStr for NetOptions {
+    type Err = suboption::Error;
+
+    fn from_str(text: &str) -> Result<Self, suboption::Error> {
+        let mut options = SubOptions::parse(text)?;
+        let vhost_user = options.take_switch("vhost_user")?;
+        let socket: Option<PathBuf> = options.take("socket")?;
+        let mac = options.take("mac")?;
+        let pairs = options.take_with("num_queues", |value| match value.parse::<u16>() {
+            Ok(queues) if (2..=128).contains(&queues) && queues % 2 == 0 => Ok(queues / 2),
+            _ => Err("expected an even number from 2 to 128 (two for each queue pair)".to_owned()),
+        })?;
+        let queue_size = options.take_with("queue_size", |value| match value.parse::<u16>() {
+            Ok(size) if size.is_power_of_two() && size >= 16 => Ok(size),
+            _ => Err("expected a power of two from 16 to 32768".to_owned()),
+        })?;
+        options.finish()?;
+        if vhost_user != Some(true) {
+            return Err(suboption::Error::Missing(
+                "vhost_user=true, the one kind of network device there is: vhost_user",
+            ));
+        }
+        Ok(Self {
+            socket: socket.ok_or(suboption::Error::Missing("socket"))?,
+            mac: mac.map_or_else(Mac::random, Ok).map_err(|error| suboption::Error::Value {
+                key: "mac".to_owned(),
+                value: String::new(),
+                reason: format!("no random address: {error}"),
+            })?,
+            pairs: pairs.unwrap_or(1),
+            queue_size: queue_size.unwrap_or(256),
+        })
+    }
+}
+
+/// An Ethernet address of one station.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mac(
+    /// Its bytes as sent.
+    pub [u8; 6],
+);
+
+impl Mac {
+    /// A locally administered address nobody else is likely to have.
+    fn random() -> io::Result<Self> {
+        let mut bytes = [0; 6];
+        std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+        bytes[0] = (bytes[0] & 0xfc) | 0x02;
+        Ok(Self(bytes))
+    }
+}
+
+impl FromStr for Mac {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let expected = || "expected an address of one station such as 52:54:00:12:34:56".to_owned();
+        let bytes: Vec<u8> = text
+            .split(':')
+            .map(|part| if part.len() == 2 { u8::from_str_radix(part, 16).ok() } else { None })
+            .collect::<Option<_>>()
+            .ok_or_else(expected)?;
+        match <[u8; 6]>::try_from(bytes) {
+            Ok(bytes) if bytes[0] & 1 == 0 && bytes != [0; 6] => Ok(Self(bytes)),
+            _ => Err(expected()),
+        }
+    }
+}
+
+/// What the driver has set up.
+struct Running {
+    features: u64,
+    rings: Vec<Queue>,
+    control: Option<ControlQueue>,
+    pairs: u16,
+    config_change: Arc<ConfigChange>,
+}
+
+impl Running {
+    fn is_enabled(&self, ring: u16) -> bool {
+        ring < 2 * self.pairs
+    }
+}
+
+/// The device.
+struct Net {
+    options: NetOptions,
+    memory: GuestMemory,
+    offered: u64,
+    mac: [u8; 6],
+    announce: bool,
+    session: Option<Session>,
+    running: Option<Running>,
+    retry: TimerFd,
+}
+
+impl Net {
+    /// Number of the control queue: after the pairs in use, which are one if the driver does not know of more.
+    fn control_index(&self, features: u64) -> u16 {
+        if features & (1 << VIRTIO_NET_F_MQ) != 0 { 2 * self.options.pairs } else { 2 }
+    }
+
+    /// The link, and whether the driver is asked to announce itself.
+    fn status(&self) -> u16 {
+        let up = if self.session.is_some() { VIRTIO_NET_S_LINK_UP } else { 0 };
+        let announce = if self.announce { VIRTIO_NET_S_ANNOUNCE } else { 0 };
+        (up | announce) as u16
+    }
+
+    fn changed(&self) {
+        if let Some(running) = &self.running {
+            running.config_change.announce();
+        }
+    }
+
+    /// A call to the backend failed. The hang-up that follows is met in the event loop, where the rest is done.
+    fn give_up(&self, error: &Error) {
+        tracing::warn!("{error}");
+        if let Some(session) = &self.session {
+            session.abandon();
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) {
+        let Activation { features, queues, config_change } = activation;
+        let control_index = self.control_index(features);
+        let (control, mut rings): (Vec<_>, Vec<_>) =
+            queues.into_iter().partition(|queue| queue.index == control_index);
+        rings.retain(|queue| queue.index < control_index);
+        let control = control.first().and_then(|queue| match ControlQueue::new(queue, features) {
+            Ok(queue) => Some(queue),
+            Err(error) => {
+                tracing::warn!("the driver set up a control queue that does not work: {error}");
+                None
+            }
+        });
+        self.running = Some(Running { features, rings, control, pairs: 1, config_change });
+        if let Err(error) = self.start(Base::Fresh) {
+            self.give_up(&error);
+        }
+    }
+
+    /// Gives the rings to the backend, if both are there.
+    fn start(&mut self, base: Base) -> Result<(), Error> {
+        match (&mut self.session, &self.running) {
+            (Some(session), Some(running)) => {
+                session.start(&self.memory, running.features, &running.rings, base, |ring| {
+                    running.is_enabled(ring)
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn reset(&mut self) {
+        self.running = None;
+        self.announce = false;
+        if let Some(Err(error)) = self.session.as_mut().map(Session::stop) {
+            self.give_up(&error);
+        }
+    }
+
+    fn serve_control_queue(&mut self) {
+        let Some(mut control) = self.running.as_mut().and_then(|running| running.control.take()) else {
+            return;
+        };
+        let memory = self.memory.clone();
+        if let Err(error) = control.process(&memory, |command| self.command(command)) {
+            // The ring is not usable; leave it alone until the driver resets the device.
+            tracing::warn!("the control queue stops: {error}");
+            return;
+        }
+        if let Some(running) = &mut self.running {
+            running.control = Some(control);
+        }
+    }
+
+    fn command(&mut self, command: Command) -> bool {
+        match command {
+            Command::Pairs(pairs) => self.set_pairs(pairs),
+            Command::Mac(mac) => {
+                self.mac = mac;
+                true
+            }
+            Command::AnnounceAck => {
+                self.announce = false;
+                true
+            }
+            Command::ReceiveMode => true,
+            Command::Unknown => false,
+        }
+    }
+
+    fn set_pairs(&mut self, pairs: u16) -> bool {
+        let Some(running) = &mut self.running else { return false };
+        if running.features & (1 << VIRTIO_NET_F_MQ) == 0 || !(1..=self.options.pairs).contains(&pairs) {
+            return false;
+        }
+        let before = std::mem::replace(&mut running.pairs, pairs);
+        let Some(session) = &mut self.session else { return true };
+        let result = running
+            .rings
+            .iter()
+            .filter(|ring| (ring.index < 2 * before) != running.is_enabled(ring.index))
+            .try_for_each(|ring| session.set_enabled(ring.index, running.is_enabled(ring.index)));
+        if let Err(error) = result {
+            self.give_up(&error);
+        }
+        // Where the backend was lost, its successor gets the new number.
+        true
+    }
+
+    /// The backend hung up.
+    fn lost(&mut self) {
+        tracing::warn!(
+            "the vhost-user backend at {} is gone; its link is down until one listens there again",
+            self.options.socket.display()
+        );
+        self.session = None;
+        self.announce = false;
+        if let Err(error) = self.retry.reset(RETRY, Some(RETRY)) {
+            tracing::error!("cannot set the timer that looks for the backend: {error}");
+        }
+        self.changed();
+    }
+
+    /// Tries to get a backend again; says whether there is one.
+    fn try_again(&mut self) -> bool {
+        let _ = self.retry.wait();
+        match self.resume() {
+            Ok(()) => true,
+            Err(Error::Connect { .. }) => false,
+            Err(error) => {
+                tracing::warn!("{error}");
+                self.session = None;
+                false
+            }
+        }
+    }
+
+    fn resume(&mut self) -> Result<(), Error> {
+        let session = Session::connect(&self.options.socket, u64::from(2 * self.options.pairs))?;
+        let needed = self.running.as_ref().map_or(0, |running| running.features) & backend_mask();
+        let missing = needed & !session.offered();
+        if missing != 0 {
+            return Err(Error::Changed { path: self.options.socket.clone(), missing });
+        }
+        self.session = Some(session);
+        self.start(Base::UsedIndex)?;
+        let _ = self.retry.clear();
+        if let Some(running) = &self.running {
+            for ring in &running.rings {
+                let _ = ring.kick.write(1);
+                let _ = ring.call.write(1);
+            }
+            self.announce = running.features & (1 << VIRTIO_NET_F_GUEST_ANNOUNCE) != 0;
+        }
+        tracing::warn!("the vhost-user backend at {} is back", self.options.socket.display());
+        self.changed();
+        Ok(())
+    }
+}
+
+fn mask(bits: &[u32]) -> u64 {
+    bits.iter().fold(0, |mask, bit| mask | 1 << bit)
+}
+
+/// All features in which the backend has a say.
+fn backend_mask() -> u64 {
+    mask(FROM_BACKEND) | mask(&[VIRTIO_NET_F_MQ])
+}
+
+/// What the device offers with a backend that offers `backend`.
+fn offer(backend: u64, pairs: u16) -> u64 {
+    let several = if pairs > 1 { backend & mask(&[VIRTIO_NET_F_MQ]) } else { 0 };
+    backend & mask(FROM_BACKEND) | mask(FROM_VMM) | several
+}
+
+/// The device, shared between the vCPUs that program it and the event loop that watches its backend.
+#[derive(Clone)]
+pub struct VhostUserNet(Arc<Mutex<Net>>);
+
+impl VhostUserNet {
+    /// Connects to the backend, which must be there.
+    pub fn new(options: NetOptions, memory: GuestMemory) -> Result<Self, Error> {
+        let session = Session::connect(&options.socket, u64::from(2 * options.pairs))?;
+        if session.offered() & (1 << VIRTIO_F_VERSION_1) == 0 {
+            return Err(Error::Lacks { path: options.socket, feature: "VIRTIO_F_VERSION_1" });
+        }
+        let offered = offer(session.offered(), options.pairs);
+        if options.pairs > 1 && offered & (1 << VIRTIO_NET_F_MQ) == 0 {
+            return Err(Error::Lacks {
+                path: options.socket,
+                feature: "several queue pairs (VIRTIO_NET_F_MQ)",
+            });
+        }
+        let retry = TimerFd::new().map_err(io::Error::from)?;
+        let mac = options.mac.0;
+        let net = Net {
+            options,
+            memory,
+            offered,
+            mac,
+            announce: false,
+            session: Some(session),
+            running: None,
+            retry,
+        };
+        Ok(Self(Arc::new(Mutex::new(net))))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Net> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Device for VhostUserNet {
+    fn id(&self) -> u16 {
+        VIRTIO_ID_NET as u16
+    }
+
+    fn class(&self) -> u32 {
+        CLASS_ETHERNET
+    }
+
+    fn features(&self) -> u64 {
+        self.lock().offered
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        let net = self.lock();
+        let mut sizes = vec![net.options.queue_size; usize::from(2 * net.options.pairs)];
+        sizes.push(net.options.queue_size.min(control_queue::SIZE));
+        sizes
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let net = self.lock();
+        let mut config = [0; 10];
+        config[..6].copy_from_slice(&net.mac);
+        config[6..8].copy_from_slice(&net.status().to_le_bytes());
+        config[8..].copy_from_slice(&net.options.pairs.to_le_bytes());
+        for (index, byte) in data.iter_mut().enumerate() {
+            *byte = usize::try_from(offset)
+                .ok()
+                .and_then(|at| config.get(at.checked_add(index)?))
+                .copied()
+                .unwrap_or(0);
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) {
+        self.lock().activate(activation);
+    }
+
+    fn serves(&self, queue: u16) -> bool {
+        let net = self.lock();
+        net.running.as_ref().is_some_and(|running| queue == net.control_index(running.features))
+    }
+
+    fn kicked(&mut self, _: u16) {
+        self.lock().serve_control_queue();
+    }
+
+    fn reset(&mut self) {
+        self.lock().reset();
+    }
+}
+
+/// The event loop's side: the hang-up of the backend, and the timer that looks for its return.
+impl MutEventSubscriber for VhostUserNet {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        let mut net = self.lock();
+        if events.fd() == net.retry.as_raw_fd() {
+            if net.try_again() {
+                watch_hang_up(&net, ops);
+            }
+        } else if net.session.as_ref().is_some_and(|session| session.as_raw_fd() == events.fd()) {
+            let _ = ops.remove(Events::empty_raw(events.fd()));
+            net.lost();
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        let net = self.lock();
+        if let Err(error) = ops.add(Events::new(&net.retry, EventSet::IN)) {
+            tracing::error!("cannot watch the timer that looks for the backend: {error:?}");
+        }
+        watch_hang_up(&net, ops);
+    }
+}
+
+/// Replies are read by whoever asks; the event loop only wants to know of the end.
+fn watch_hang_up(net: &Net, ops: &mut EventOps) {
+    if let Some(session) = &net.session
+        && let Err(error) =
+            ops.add(Events::new_raw(session.as_raw_fd(), EventSet::READ_HANG_UP | EventSet::HANG_UP))
+    {
+        tracing::error!("cannot watch the connection to the backend: {error:?}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_cloud_hypervisors_words() {
+        let options: NetOptions =
+            "vhost_user=true,socket=/run/a.sock,mac=52:54:00:12:34:56,num_queues=4,queue_size=1024"
+                .parse()
+                .unwrap();
+        assert_eq!((options.pairs, options.queue_size), (2, 1024));
+        assert_eq!(options.mac, Mac([0x52, 0x54, 0, 0x12, 0x34, 0x56]));
+        for bad in [
+            "socket=/a",
+            "vhost_user=true",
+            "vhost_user=true,socket=/a,num_queues=3",
+            "vhost_user=true,socket=/a,num_queues=0",
+            "vhost_user=true,socket=/a,queue_size=100",
+            "vhost_user=true,socket=/a,mac=01:00:00:00:00:00",
+            "vhost_user=true,socket=/a,mac=2:0:0:0:0:1",
+            "tap=tap0",
+        ] {
+            assert!(bad.parse::<NetOptions>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn random_addresses_are_local_and_differ() {
+        let (first, second) = (Mac::random().unwrap(), Mac::random().unwrap());
+        assert_eq!(first.0[0] & 3, 2);
+        assert_ne!(first, second);
+    }
+
+    #[test]
+    fn the_offer_is_what_backend_and_vmm_have_together() {
+        let all = u64::MAX;
+        assert_eq!(offer(all, 1) & mask(&[VIRTIO_NET_F_MQ]), 0, "one pair needs no MQ");
+        assert_ne!(offer(all, 2) & mask(&[VIRTIO_NET_F_MQ]), 0);
+        assert_eq!(offer(0, 2), mask(FROM_VMM));
+        assert_eq!(
+            offer(all, 2) & mask(&[VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, 34, 33]),
+            0,
+            "no packed ring, no IOMMU"
+        );
+    }
+}
