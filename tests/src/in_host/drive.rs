@@ -59,6 +59,9 @@ pub struct DriveOptions {
     /// Run a bystander on the application vCPUs
     #[arg(long)]
     pub bystander: bool,
+    /// More words for the guest's kernel command line
+    #[arg(long, default_value = "", allow_hyphen_values = true)]
+    pub kernel_words: String,
     /// On this machine itself, which needs VMX or SVM
     #[arg(long)]
     pub native: bool,
@@ -109,7 +112,7 @@ pub fn drive(options: &DriveOptions) -> anyhow::Result<Figures> {
         vmm: options.vmm,
         kernel,
         image,
-        kernel_words: String::new(),
+        kernel_words: options.kernel_words.clone(),
         application_vcpus: pcpu::APPLICATION.len(),
         layout: Layout::Pinned,
         ivcpu: options.ivcpu,
