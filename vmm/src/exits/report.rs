@@ -109,11 +109,7 @@ impl Snapshot {
             notes.push(format!(
                 "KVM's own counters, no pCPUs and no APIC rows, because nothing may be traced: {reason}"
             ));
-<<<<<<< HEAD
-        } else if traced == 0 && self.kvm_exits > Some(0) {
-=======
         } else if self.is_software_kvm() {
->>>>>>> exits
             notes.push(
                 "this KVM never reports kvm_exit (a software KVM does not): only its own counters are known"
                     .into(),
