@@ -1,1 +1,23 @@
 //! A vhost-user net backend that polls requests and delivers completions without exits.
+//!
+//! The way of a frame from the guest: [`worker`] finds it, [`from_guest`] takes it off its ring ([`ring`],
+//! [`memory`]) and hands it to the [`uplink`]; [`completion`] tells the driver. Frames to the guest come through
+//! [`to_guest`] and leave by the same door. [`daemon`] accepts frontends; [`device`] and [`vring`] are what the
+//! vhost-user-backend crate talks to.
+
+pub mod affinity;
+pub mod cli;
+pub mod completion;
+pub mod daemon;
+pub mod device;
+pub mod door;
+pub mod from_guest;
+pub mod memory;
+pub mod ring;
+pub mod session;
+pub mod socket;
+pub mod stats;
+pub mod to_guest;
+pub mod uplink;
+pub mod vring;
+pub mod worker;

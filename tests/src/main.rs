@@ -1,3 +1,113 @@
 //! ivcpu-lab: the program.
 
-fn main() {}
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use ivcpu_lab::compare::{CompareOptions, compare};
+use ivcpu_lab::guest;
+use ivcpu_lab::in_host::Host;
+use ivcpu_lab::in_host::agent;
+use ivcpu_lab::in_host::drive::{DriveOptions, drive};
+use ivcpu_lab::in_host::measure::{Plan, measure};
+use ivcpu_lab::provision::{Kernel, Provision};
+use ivcpu_lab::shell;
+use ivcpu_lab::workspace::Workspace;
+
+/// An emulated virtualization host, and what is measured and tested in it.
+#[derive(Parser)]
+#[command(name = "cargo lab", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Fetch QEMU, tools and kernels from the distribution's archive into target/lab
+    Provision {
+        /// Kernels besides the emulated host's own
+        #[arg(long, value_delimiter = ',', default_value = "6.12")]
+        kernels: Vec<Kernel>,
+    },
+    /// Measure stock interrupts, the IVCPU and stock QEMU side by side, and print the paper's Table 1
+    Compare(CompareOptions),
+    /// A terminal in the emulated host, or one command there with its exit status
+    Shell {
+        /// The command and its arguments
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// Provision, build, and run every test
+    Test {
+        /// Arguments for `cargo test`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Inside the emulated host (or natively): one guest, one kind of traffic, a few figures
+    Drive(DriveOptions),
+    /// Inside the emulated host: measure one VM
+    #[command(hide = true)]
+    Measure {
+        /// The plan, as JSON
+        plan: String,
+    },
+    /// Inside the emulated host: serve the lab
+    #[command(hide = true)]
+    Agent,
+    /// Inside a guest: serve the host
+    #[command(hide = true)]
+    Guest,
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_env("IVCPU_LAB_LOG"))
+        .with_writer(std::io::stderr)
+        .init();
+    match run(Arguments::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("lab: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Agent => agent::serve()?,
+        Command::Guest => guest::serve()?,
+        Command::Compare(options) => {
+            let complete = compare(&Workspace::locate()?, &options)?;
+            return Ok(if complete { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        Command::Measure { plan } => {
+            let plan: Plan = serde_json::from_str(&plan).context("reading the plan")?;
+            println!("{}", serde_json::to_string(&measure(&mut Host::emulated()?, &plan)?)?);
+        }
+        Command::Drive(options) => println!("{}", serde_json::to_string_pretty(&drive(&options)?)?),
+        Command::Provision { kernels } => provision(&Workspace::locate()?, &kernels)?,
+        Command::Shell { command } => {
+            let status = shell::shell(&Workspace::locate()?, &command)?;
+            return Ok(ExitCode::from(u8::try_from(status).unwrap_or(1)));
+        }
+        Command::Test { arguments } => {
+            let workspace = Workspace::locate()?;
+            provision(&workspace, &[Kernel::V6_12])?;
+            workspace.build()?;
+            workspace.test(&arguments)?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn provision(workspace: &Workspace, kernels: &[Kernel]) -> anyhow::Result<()> {
+    let provision = Provision::new(workspace);
+    provision.tools()?;
+    provision.qemu()?;
+    for kernel in kernels {
+        provision.kernel(*kernel)?;
+    }
+    Ok(())
+}

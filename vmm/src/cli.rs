@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser};
+use clap::{Args, Parser, Subcommand};
 
 use crate::boot::kernel::KernelOptions;
+use crate::exits;
 use crate::ivcpu::IvcpuOptions;
 use crate::machine::MachineOptions;
 use crate::memory::MemoryOptions;
@@ -16,9 +17,20 @@ use crate::virtio::net_options::NetOptions;
 #[derive(Debug, Parser)]
 #[command(version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Cli {
+    /// What to do instead of running a VM.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
     /// What to run.
     #[command(flatten)]
-    pub run: RunOptions,
+    pub run: Option<RunOptions>,
+}
+
+/// What to do instead of running a VM.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Count the exits of a running VM, of this or any other VMM.
+    Exits(exits::command::ExitsArgs),
 }
 
 /// Run a VM.

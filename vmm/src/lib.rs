@@ -3,10 +3,12 @@
 //! A path says the concept: [`machine`] wires the parts together, [`boot`] plays the firmware, [`vcpu`] is KVM's run loop,
 //! [`pci`] and [`virtio`] are what a guest sees of its devices, [`ivcpu`] and [`pin`] say who runs where.
 
+pub mod affinity;
 pub mod boot;
 pub mod cli;
 pub mod devices;
 pub mod events;
+pub mod exits;
 pub mod gsi;
 pub mod ivcpu;
 pub mod machine;

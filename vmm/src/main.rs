@@ -1,11 +1,12 @@
 //! ivcpu-vmm: the program.
 
+use std::fmt::Display;
 use std::process::ExitCode;
 
-use clap::Parser;
-use ivcpu_vmm::cli::Cli;
-use ivcpu_vmm::machine::{Error, Machine};
-use ivcpu_vmm::power::Ending;
+use clap::{CommandFactory, Parser, error::ErrorKind};
+use ivcpu_vmm::cli::{Cli, Command};
+use ivcpu_vmm::exits;
+use ivcpu_vmm::machine::Machine;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -17,18 +18,25 @@ fn main() -> ExitCode {
         .with_target(false)
         .init();
     let cli = Cli::parse();
-    match run(cli) {
-        Ok(ending) => {
-            eprintln!("ivcpu-vmm: {ending}");
-            ExitCode::from(ending.exit_status())
-        }
-        Err(error) => {
-            eprintln!("ivcpu-vmm: {error}");
-            ExitCode::FAILURE
-        }
+    match (cli.command, cli.run) {
+        (Some(Command::Exits(args)), _) => match exits::command::run(&args) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => failed(format_args!("{error:#}")),
+        },
+        (None, Some(run)) => match Machine::new(&run.into()).and_then(Machine::run) {
+            Ok(ending) => {
+                eprintln!("ivcpu-vmm: {ending}");
+                ExitCode::from(ending.exit_status())
+            }
+            Err(error) => failed(error),
+        },
+        (None, None) => Cli::command()
+            .error(ErrorKind::MissingRequiredArgument, "give a kernel to boot: --kernel PATH")
+            .exit(),
     }
 }
 
-fn run(cli: Cli) -> Result<Ending, Error> {
-    Machine::new(&cli.run.into())?.run()
+fn failed(error: impl Display) -> ExitCode {
+    eprintln!("ivcpu-vmm: {error}");
+    ExitCode::FAILURE
 }

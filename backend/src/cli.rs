@@ -1,0 +1,196 @@
+//! The command line. The comments on the options are their help.
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::Parser;
+
+/// A vhost-user net backend that polls requests and delivers completions without exits.
+#[derive(Debug, Parser)]
+#[command(name = "ivcpu-backend", version, max_term_width = 100)]
+#[command(group = clap::ArgGroup::new("connection").args(["socket_path", "fd", "print_capabilities"]).required(true))]
+pub struct Options {
+    /// Listen for frontends on the Unix socket PATH.
+    #[arg(long, value_name = "PATH")]
+    pub socket_path: Option<PathBuf>,
+
+    /// Use the inherited file descriptor N: a connected vhost-user socket, or a listening one.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(3..))]
+    pub fd: Option<RawFd>,
+
+    /// Print what this backend can do as JSON and exit.
+    #[arg(long)]
+    pub print_capabilities: bool,
+
+    /// Where frames go: tap:NAME, or for tests null, loop (back, MAC addresses swapped), gen[:SIZE] (a source of
+    /// frames of SIZE bytes).
+    #[arg(long, value_name = "UPLINK", required_unless_present = "print_capabilities")]
+    pub uplink: Option<UplinkKind>,
+
+    /// Queue pairs, each with a poll thread of its own.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
+    pub queue_pairs: u8,
+
+    /// Microseconds a poll thread spins without work before it sleeps; 0 = never spin, always = never sleep.
+    #[arg(long, value_name = "N|always", default_value = "50")]
+    pub poll_us: PollTime,
+
+    /// pCPUs for the poll threads, as in [2] or [2-3,5]: thread i is pinned to entry i modulo the list's length.
+    #[arg(long, value_name = "[LIST]")]
+    pub affinity: Option<PcpuList>,
+
+    /// MAC address to offer to the driver (otherwise the frontend's choice).
+    #[arg(long, value_name = "MAC")]
+    pub mac: Option<MacAddress>,
+
+    /// Serve counters as JSON on the Unix socket PATH.
+    #[arg(long, value_name = "PATH")]
+    pub stats_socket: Option<PathBuf>,
+}
+
+/// An uplink by its words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum UplinkKind {
+    /// The TAP device of this name.
+    Tap(String),
+    /// Swallow every frame.
+    Null,
+    /// Give every frame back, MAC addresses swapped.
+    Loop,
+    /// Make frames.
+    Generator {
+        /// Bytes of each, Ethernet header included.
+        size: usize,
+    },
+}
+
+impl FromStr for UplinkKind {
+    type Err = String;
+
+    fn from_str(words: &str) -> Result<Self, String> {
+        let (kind, rest) = words.split_once(':').map_or((words, None), |(kind, rest)| (kind, Some(rest)));
+        match (kind, rest) {
+            ("tap", Some(name)) if !name.is_empty() => Ok(UplinkKind::Tap(name.to_owned())),
+            ("null", None) => Ok(UplinkKind::Null),
+            ("loop", None) => Ok(UplinkKind::Loop),
+            ("gen", None) => Ok(UplinkKind::Generator { size: 64 }),
+            ("gen", Some(size)) => match size.parse() {
+                Ok(size @ 14..=65_535) => Ok(UplinkKind::Generator { size }),
+                _ => Err("the size of generated frames is 14 to 65535 bytes".to_owned()),
+            },
+            _ => Err("unknown uplink; known are tap:NAME, null, loop and gen[:SIZE]".to_owned()),
+        }
+    }
+}
+
+/// How long a poll thread spins without work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PollTime {
+    /// For this long, then it sleeps.
+    Bounded(Duration),
+    /// For ever.
+    Always,
+}
+
+impl FromStr for PollTime {
+    type Err = String;
+
+    fn from_str(words: &str) -> Result<Self, String> {
+        match (words, words.parse::<u32>()) {
+            ("always", _) => Ok(PollTime::Always),
+            (_, Ok(micros)) => Ok(PollTime::Bounded(Duration::from_micros(micros.into()))),
+            _ => Err("expected microseconds, or always".to_owned()),
+        }
+    }
+}
+
+/// A MAC address.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MacAddress(pub [u8; 6]);
+
+impl FromStr for MacAddress {
+    type Err = String;
+
+    fn from_str(words: &str) -> Result<Self, String> {
+        let bytes: Option<Vec<u8>> = words
+            .split(':')
+            .map(|byte| (byte.len() == 2).then(|| u8::from_str_radix(byte, 16).ok()).flatten())
+            .collect();
+        match bytes.and_then(|bytes| <[u8; 6]>::try_from(bytes).ok()) {
+            Some([first, ..]) if first & 1 != 0 => Err("this is a multicast address".to_owned()),
+            Some(bytes) => Ok(MacAddress(bytes)),
+            None => Err("expected six hexadecimal bytes, as in 52:54:00:12:34:56".to_owned()),
+        }
+    }
+}
+
+/// Physical CPUs, in Cloud Hypervisor's list syntax.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PcpuList(pub Vec<usize>);
+
+impl FromStr for PcpuList {
+    type Err = String;
+
+    fn from_str(words: &str) -> Result<Self, String> {
+        const HIGHEST: usize = 8191;
+        let expected = || "expected a list of pCPUs in brackets, as in [2] or [2-3,5]".to_owned();
+        let list = words.strip_prefix('[').and_then(|list| list.strip_suffix(']')).ok_or_else(expected)?;
+        let mut pcpus = Vec::new();
+        for part in list.split(',') {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            let (first, last): (usize, usize) =
+                (first.parse().map_err(|_| expected())?, last.parse().map_err(|_| expected())?);
+            if first > last || last > HIGHEST {
+                return Err(expected());
+            }
+            pcpus.extend(first..=last);
+        }
+        Ok(PcpuList(pcpus))
+    }
+}
+
+/// QEMU's convention for programs it may start: what kind of device this is.
+pub const CAPABILITIES: &str = r#"{"type": "net"}"#;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uplinks_are_known_by_their_words() {
+        assert_eq!("tap:t0".parse(), Ok(UplinkKind::Tap("t0".into())));
+        assert_eq!("gen:1500".parse(), Ok(UplinkKind::Generator { size: 1500 }));
+        for bad in ["tap", "tap:", "null:1", "gen:13", "gen:65536", "bridge:br0", ""] {
+            assert!(bad.parse::<UplinkKind>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn pcpu_lists_are_those_of_cloud_hypervisor() {
+        assert_eq!("[2]".parse(), Ok(PcpuList(vec![2])));
+        assert_eq!("[2-4,7]".parse(), Ok(PcpuList(vec![2, 3, 4, 7])));
+        for bad in ["2", "[]", "[3-2]", "[a]", "[1,]", "[0-99999999]"] {
+            assert!(bad.parse::<PcpuList>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn mac_addresses_are_unicast() {
+        assert_eq!("52:54:00:12:34:56".parse(), Ok(MacAddress([0x52, 0x54, 0, 0x12, 0x34, 0x56])));
+        for bad in ["", "52:54:00:12:34", "52:54:00:12:34:5", "53:54:00:12:34:56", "52:54:00:12:34:56:78"] {
+            assert!(bad.parse::<MacAddress>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_connection_is_required_and_only_one() {
+        assert!(Options::try_parse_from(["x", "--uplink", "null"]).is_err());
+        assert!(
+            Options::try_parse_from(["x", "--uplink", "null", "--fd", "3", "--socket-path", "s"]).is_err()
+        );
+        assert!(Options::try_parse_from(["x", "--socket-path", "s"]).is_err());
+        assert!(Options::try_parse_from(["x", "--print-capabilities"]).is_ok());
+    }
+}

@@ -1,0 +1,245 @@
+//! The virtio-net device as the frontend sees it: features, configuration space, and the hand-over of its rings.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::VhostUserBackend;
+use virtio_bindings::bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_VERSION_1};
+use virtio_bindings::bindings::virtio_net::*;
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
+
+use crate::cli::MacAddress;
+use crate::uplink::Offloads;
+use crate::vring::Vring;
+
+/// Virtio features offered. Frontends intersect them with their own, so the bits of the control queue must be here
+/// although the control queue itself is always the frontend's.
+const FEATURES: &[u32] = &[
+    VIRTIO_F_VERSION_1,
+    VIRTIO_F_IN_ORDER,
+    VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_RING_F_EVENT_IDX,
+    VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_F_MQ,
+    VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_CTRL_RX,
+    VIRTIO_NET_F_CTRL_MAC_ADDR,
+    VIRTIO_NET_F_GUEST_ANNOUNCE,
+];
+
+/// Features offered when the uplink understands the virtio header (checksum and segmentation left to somebody else).
+const OFFLOAD_FEATURES: &[u32] = &[
+    VIRTIO_NET_F_CSUM,
+    VIRTIO_NET_F_GUEST_CSUM,
+    VIRTIO_NET_F_HOST_TSO4,
+    VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_HOST_ECN,
+    VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_GUEST_ECN,
+];
+
+/// Entries a ring can have at most (the largest a split ring can have).
+const MAX_QUEUE_SIZE: usize = 32_768;
+
+/// Bytes of the virtio header before each frame: it grew by `num_buffers` with mergeable buffers and virtio 1.0.
+pub fn header_length(features: u64) -> usize {
+    let modern = (1 << VIRTIO_F_VERSION_1) | (1 << VIRTIO_NET_F_MRG_RXBUF);
+    if features & modern != 0 { 12 } else { 10 }
+}
+
+/// The two rings of one queue pair.
+#[derive(Clone)]
+pub struct QueuePair {
+    /// Which pair.
+    pub index: usize,
+    /// Ring `2 * index`: frames to the guest (the driver's receive queue).
+    pub to_guest: Vring,
+    /// Ring `2 * index + 1`: frames from the guest (the driver's transmit queue).
+    pub from_guest: Vring,
+}
+
+/// One session's device.
+pub struct Device {
+    queue_pairs: usize,
+    mac: Option<MacAddress>,
+    offloads: Offloads,
+    /// Signalled from the start, one a worker: the crate gives a backend its rings only together with an event.
+    births: Vec<EventFd>,
+    born: Mutex<Sender<QueuePair>>,
+    rings: Vec<OnceLock<QueuePair>>,
+    /// Exit eventfds given to the crate's workers, which let go of them without closing.
+    exits: Mutex<Vec<RawFd>>,
+}
+
+impl Device {
+    /// A device of `queue_pairs` pairs; its rings arrive on `born` once the crate's workers run.
+    pub fn new(
+        queue_pairs: usize,
+        mac: Option<MacAddress>,
+        offloads: Offloads,
+        born: Sender<QueuePair>,
+    ) -> nix::Result<Self> {
+        let signalled = || EventFd::from_value_and_flags(1, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
+        Ok(Device {
+            queue_pairs,
+            mac,
+            offloads,
+            births: (0..queue_pairs).map(|_| signalled()).collect::<Result<_, _>>()?,
+            born: Mutex::new(born),
+            rings: (0..queue_pairs).map(|_| OnceLock::new()).collect(),
+            exits: Mutex::new(Vec::new()),
+        })
+    }
+
+    /// The event number of a birth; the numbers up to the queues' count belong to the crate.
+    pub fn birth_event(&self) -> u64 {
+        2 * self.queue_pairs as u64 + 1
+    }
+
+    /// For each worker, the eventfd to register with it under [`Self::birth_event`].
+    pub fn births(&self) -> &[EventFd] {
+        &self.births
+    }
+
+    fn is_offered(&self, feature: u32) -> bool {
+        match feature {
+            VIRTIO_NET_F_MQ => self.queue_pairs > 1,
+            _ => true,
+        }
+    }
+
+    /// The configuration space, virtio 1.2, 5.1.4: mac, status, max_virtqueue_pairs.
+    fn config(&self) -> [u8; 10] {
+        let mut config = [0; 10];
+        let (mac, rest) = config.split_at_mut(6);
+        mac.copy_from_slice(&self.mac.unwrap_or_default().0);
+        let (status, pairs) = rest.split_at_mut(2);
+        status.copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+        pairs.copy_from_slice(&(self.queue_pairs as u16).to_le_bytes());
+        config
+    }
+
+    fn pairs(&self) -> impl Iterator<Item = &QueuePair> {
+        self.rings.iter().filter_map(OnceLock::get)
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        for fd in self.exits.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            // SAFETY: the worker took this descriptor out of its owner (`into_raw_fd`) to register it and forgot it;
+            // the device is dropped after the workers have ended, so nobody uses or closes it but us.
+            drop(unsafe { OwnedFd::from_raw_fd(fd) });
+        }
+    }
+}
+
+impl VhostUserBackend for Device {
+    type Bitmap = ();
+    type Vring = Vring;
+
+    fn num_queues(&self) -> usize {
+        2 * self.queue_pairs
+    }
+
+    fn max_queue_size(&self) -> usize {
+        MAX_QUEUE_SIZE
+    }
+
+    fn features(&self) -> u64 {
+        let offloads: &[u32] = if self.offloads.is_supported() { OFFLOAD_FEATURES } else { &[] };
+        let mac: &[u32] = if self.mac.is_some() { &[VIRTIO_NET_F_MAC] } else { &[] };
+        [FEATURES, offloads, mac]
+            .into_iter()
+            .flatten()
+            .filter(|&&bit| self.is_offered(bit))
+            .fold(VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits(), |all, bit| all | 1 << bit)
+    }
+
+    fn acked_features(&self, features: u64) {
+        self.offloads.negotiated(features);
+        for pair in self.pairs() {
+            pair.to_guest.control(|ring| ring.set_features(features));
+            pair.from_guest.control(|ring| ring.set_features(features));
+        }
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+    }
+
+    /// EVENT_IDX comes with all the other features.
+    fn set_event_idx(&self, _enabled: bool) {}
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        // Frontends may ask for more than we have; virtio says the rest does not exist, QEMU wants full length.
+        let mut config = self.config().to_vec();
+        let (start, end) = (offset as usize, offset as usize + size as usize);
+        config.resize(end.max(config.len()).min(256), 0);
+        config.get(start..end).map(<[u8]>::to_vec).unwrap_or_default()
+    }
+
+    fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
+        for pair in self.pairs() {
+            pair.to_guest.control(|ring| ring.set_memory(memory.memory().into_inner()));
+            pair.from_guest.control(|ring| ring.set_memory(memory.memory().into_inner()));
+        }
+        Ok(())
+    }
+
+    /// One worker a queue pair.
+    fn queues_per_thread(&self) -> Vec<u64> {
+        (0..self.queue_pairs).map(|pair| 0b11 << (2 * pair)).collect()
+    }
+
+    fn exit_event(&self, _worker: usize) -> Option<(EventConsumer, EventNotifier)> {
+        let (consumer, notifier) =
+            new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC).ok()?;
+        let fd = consumer.into_raw_fd();
+        self.exits.lock().unwrap_or_else(PoisonError::into_inner).push(fd);
+        // SAFETY: `fd` was just taken out of its owner; it is passed on as the owner the crate expects.
+        Some((unsafe { EventConsumer::from_raw_fd(fd) }, notifier))
+    }
+
+    /// Never fails: an error would end the crate's worker silently.
+    fn handle_event(&self, event: u16, _set: EventSet, vrings: &[Vring], worker: usize) -> io::Result<()> {
+        if u64::from(event) != self.birth_event() {
+            if let Some(vring) = vrings.get(usize::from(event)) {
+                vring.wake();
+            }
+            return Ok(());
+        }
+        if let Some(birth) = self.births.get(worker) {
+            let _ = birth.read();
+        }
+        if let (Some(cell), [to_guest, from_guest]) = (self.rings.get(worker), vrings) {
+            let pair =
+                QueuePair { index: worker, to_guest: to_guest.clone(), from_guest: from_guest.clone() };
+            if cell.set(pair.clone()).is_ok() {
+                // Nobody listening means the session ended before it began.
+                let _ = self.born.lock().unwrap_or_else(PoisonError::into_inner).send(pair);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A device shared by the crate's handler and its workers.
+pub type SharedDevice = Arc<Device>;
+
+/// The raw descriptor of a birth event, as the crate wants it.
+pub fn birth_fd(birth: &EventFd) -> RawFd {
+    birth.as_raw_fd()
+}

@@ -1,0 +1,417 @@
+//! One virtqueue as the data path sees it: take chains, give them back, ask whether to notify.
+//!
+//! Who writes what: the driver writes the descriptor table and the available ring, we write the used ring. Everything
+//! in the driver's half may change at any moment and is hostile. `virtio-queue` does the available side (it checks
+//! the index jump) and the walk along a chain; the used side is here, because several buffers of one mergeable frame
+//! must be published by one index update: a driver that saw the first without the others would count a broken frame.
+//!
+//! Chains are given back strictly in the order they were made available, so the ring can be resumed from the used
+//! index alone when this process dies.
+//!
+//! A ring that the driver (or the frontend) broke is *stopped with one log line*: nothing is taken from it until the
+//! frontend sets it up anew.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::num::Wrapping;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use virtio_bindings::bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
+
+use crate::memory::{Access, Chains};
+
+/// Why a ring was stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The rings' addresses do not lie in the guest's memory.
+    #[error("its descriptor table, available ring or used ring is not in guest memory")]
+    Addresses,
+    /// The size the frontend set is unusable.
+    #[error("size {0} is not a power of two")]
+    Size(u16),
+    /// The available ring cannot be read, or its index jumped by more than the ring's size.
+    #[error("the driver broke the available ring: {0}")]
+    Available(#[source] virtio_queue::Error),
+    /// A head that is not in the descriptor table.
+    #[error("the driver made descriptor {0} available, which does not exist")]
+    Head(u16),
+    /// The used ring cannot be written.
+    #[error("the used ring cannot be written: {0}")]
+    Used(#[source] vm_memory::GuestMemoryError),
+    /// The eventfd for kicks cannot be read.
+    #[error("cannot read the kick eventfd: {0}")]
+    Kick(#[source] std::io::Error),
+}
+
+/// Words in the ring's memory layout (virtio 1.2, 2.7.6 and 2.7.8).
+const RING_FLAGS: u64 = 0;
+const RING_INDEX: u64 = 2;
+const RING_ENTRIES: u64 = 4;
+const AVAILABLE_ENTRY: u64 = 2;
+const USED_ENTRY: u64 = 8;
+
+/// One virtqueue.
+pub struct Ring {
+    /// Which of the device's rings this is, for messages.
+    name: String,
+    queue: Queue,
+    chains: Chains,
+    /// Index behind the last used entry written, and the part of them that the driver can see already.
+    next_used: Wrapping<u16>,
+    published: Wrapping<u16>,
+    /// Used index at the last decision whether to notify.
+    decided: Wrapping<u16>,
+    kick: Option<Arc<File>>,
+    call: Option<File>,
+    error: Option<File>,
+    enabled: bool,
+    broken: bool,
+    bad_size: Option<u16>,
+    mergeable: bool,
+    header: usize,
+    kicks_wanted: bool,
+}
+
+impl Ring {
+    /// A stopped ring over `memory`, of at most `max_size` entries.
+    pub fn new(memory: Arc<GuestMemoryMmap>, max_size: u16) -> Result<Self, virtio_queue::Error> {
+        Ok(Ring {
+            name: String::new(),
+            queue: Queue::new(max_size)?,
+            chains: Chains::new(memory, Access::Read),
+            next_used: Wrapping(0),
+            published: Wrapping(0),
+            decided: Wrapping(0),
+            kick: None,
+            call: None,
+            error: None,
+            enabled: false,
+            broken: false,
+            bad_size: None,
+            mergeable: false,
+            header: 12,
+            kicks_wanted: true,
+        })
+    }
+
+    /// Names the ring in messages and sets which way its buffers are used.
+    pub fn set_role(&mut self, name: String, access: Access) {
+        self.name = name;
+        self.chains.set_access(access);
+    }
+
+    // --- What the frontend sets -------------------------------------------------------------------------------
+
+    /// Another memory map. What was taken from the ring and not given back is taken again, from the new map.
+    pub fn set_memory(&mut self, memory: Arc<GuestMemoryMmap>) {
+        self.untake();
+        self.chains.set_memory(memory);
+        self.check();
+    }
+
+    /// Features that change the layout of the ring or of its buffers.
+    pub fn set_features(&mut self, features: u64) {
+        let has = |bit: u32| features & (1 << bit) != 0;
+        self.untake();
+        self.queue.set_event_idx(has(VIRTIO_RING_F_EVENT_IDX));
+        self.mergeable = has(VIRTIO_NET_F_MRG_RXBUF);
+        self.header = crate::device::header_length(features);
+        self.kicks_wanted = true;
+    }
+
+    /// Addresses of the three parts, as guest-physical addresses.
+    pub fn set_addresses(
+        &mut self,
+        table: u64,
+        available: u64,
+        used: u64,
+    ) -> Result<(), virtio_queue::Error> {
+        self.queue.try_set_desc_table_address(GuestAddress(table))?;
+        self.queue.try_set_avail_ring_address(GuestAddress(available))?;
+        self.queue.try_set_used_ring_address(GuestAddress(used))?;
+        self.untake();
+        self.check();
+        Ok(())
+    }
+
+    /// Number of entries.
+    pub fn set_size(&mut self, size: u16) {
+        self.untake();
+        self.bad_size = self.queue.try_set_size(size).is_err().then_some(size);
+        self.check();
+    }
+
+    /// Index of the next chain to take.
+    pub fn set_base(&mut self, base: u16) {
+        self.chains.clear();
+        self.queue.set_next_avail(base);
+        self.broken = false;
+    }
+
+    /// Index of the next chain to take: what `GET_VRING_BASE` answers.
+    pub fn base(&self) -> u16 {
+        self.queue.next_avail().wrapping_sub(self.chains.len() as u16)
+    }
+
+    /// Index of the next entry to give back.
+    pub fn set_next_used(&mut self, index: u16) {
+        self.next_used = Wrapping(index);
+        self.published = self.next_used;
+        self.decided = self.next_used;
+    }
+
+    /// The used index in guest memory.
+    pub fn used_index(&self) -> Result<u16, virtio_queue::Error> {
+        self.queue.used_idx(&**self.chains.memory(), Ordering::Relaxed).map(|index| index.0)
+    }
+
+    /// Starts or stops the ring.
+    pub fn set_started(&mut self, started: bool) {
+        self.untake();
+        self.queue.set_ready(started);
+        self.broken = false;
+        self.kicks_wanted = true;
+        self.check();
+    }
+
+    /// Enables or disables the ring. A started ring from the guest is consumed even when it is disabled.
+    pub fn set_enabled(&mut self, enabled: bool) {
+        self.enabled = enabled;
+    }
+
+    /// The eventfd the driver kicks.
+    pub fn set_kick(&mut self, file: Option<File>) {
+        self.kick = file.map(Arc::new);
+    }
+
+    /// The eventfd that notifies the driver.
+    pub fn set_call(&mut self, file: Option<File>) {
+        self.call = file;
+    }
+
+    /// The eventfd that tells the frontend of a broken ring.
+    pub fn set_error(&mut self, file: Option<File>) {
+        self.error = file;
+    }
+
+    /// Returns what is held to the available side, to be taken again.
+    fn untake(&mut self) {
+        let base = self.base();
+        self.chains.clear();
+        self.queue.set_next_avail(base);
+    }
+
+    /// Stops a started ring whose size or addresses are unusable.
+    fn check(&mut self) {
+        if !self.queue.ready() {
+            return;
+        }
+        if let Some(size) = self.bad_size {
+            self.stop(Error::Size(size));
+        } else if !self.queue.is_valid(&**self.chains.memory()) {
+            self.stop(Error::Addresses);
+        }
+    }
+
+    // --- What the data path does ------------------------------------------------------------------------------
+
+    /// Whether chains may be taken: started and not broken.
+    pub fn is_running(&self) -> bool {
+        self.queue.ready() && !self.broken
+    }
+
+    /// Whether frames may pass.
+    pub fn is_enabled(&self) -> bool {
+        self.enabled
+    }
+
+    /// Whether a frame may span several chains.
+    pub fn is_mergeable(&self) -> bool {
+        self.mergeable
+    }
+
+    /// Bytes of the virtio header before each frame.
+    pub fn header(&self) -> usize {
+        self.header
+    }
+
+    /// Number of entries.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// The kick eventfd, to sleep on.
+    pub fn kick(&self) -> Option<Arc<File>> {
+        self.kick.clone()
+    }
+
+    /// The chains taken and not given back.
+    pub fn chains(&self) -> &Chains {
+        &self.chains
+    }
+
+    /// Takes chains until `count` chains or `bytes` bytes are held, or none is available.
+    pub fn take(&mut self, count: usize, bytes: usize) {
+        if self.chains.len() >= count || self.chains.bytes() >= bytes {
+            return;
+        }
+        let memory = self.chains.memory().clone();
+        let size = self.queue.size();
+        let mut heads = match self.queue.iter(&*memory) {
+            Ok(heads) => heads,
+            Err(error) => return self.stop(Error::Available(error)),
+        };
+        // What is held has not been given back, so at most `size` chains can ever be held.
+        let room = count.min(usize::from(size));
+        let mut bad = None;
+        while self.chains.len() < room && self.chains.bytes() < bytes {
+            let Some(chain) = heads.next() else { break };
+            if chain.head_index() >= size {
+                bad = Some(chain.head_index());
+                break;
+            }
+            self.chains.push(chain, size, self.header);
+        }
+        if let Some(head) = bad {
+            self.stop(Error::Head(head));
+        }
+    }
+
+    /// Gives the oldest chain back with `written` bytes in it. The driver sees it after [`Self::publish`].
+    pub fn give_back(&mut self, written: usize) {
+        let Some(chain) = self.chains.pop() else { return };
+        let entry = u64::from(self.next_used.0 % self.queue.size().max(1));
+        let address = GuestAddress(self.queue.used_ring()).checked_add(RING_ENTRIES + entry * USED_ENTRY);
+        // An entry is two 32-bit words, id and length, each little-endian.
+        let element = (u64::from(chain.head) | (written as u64) << 32).to_le();
+        let Some(address) = address else { return self.stop(Error::Addresses) };
+        match self.chains.memory().write_obj(element, address) {
+            Ok(()) => self.next_used += Wrapping(1),
+            Err(error) => self.stop(Error::Used(error)),
+        }
+    }
+
+    /// Whether entries were given back that the driver cannot see yet.
+    pub fn is_unpublished(&self) -> bool {
+        self.next_used != self.published
+    }
+
+    /// Makes all entries given back visible to the driver.
+    pub fn publish(&mut self) {
+        if !self.is_unpublished() || self.broken {
+            return;
+        }
+        let Some(address) = GuestAddress(self.queue.used_ring()).checked_add(RING_INDEX) else {
+            return self.stop(Error::Addresses);
+        };
+        // Release: whoever sees the index sees the entries and the frames in the buffers.
+        match self.chains.memory().store(self.next_used.0.to_le(), address, Ordering::Release) {
+            Ok(()) => self.published = self.next_used,
+            Err(error) => self.stop(Error::Used(error)),
+        }
+    }
+
+    /// Whether the driver asks to be notified of what was published since the last time this was asked.
+    ///
+    /// The full fence orders our store of the used index before our load of the driver's event word. Its partner is
+    /// the full barrier in the driver between its store of the event word and its re-check of the used index (Linux:
+    /// `virtqueue_enable_cb`, `virtio_store_mb` in `drivers/virtio/virtio_ring.c`). Without it both could read the
+    /// old value, and a completion would wait for the next one.
+    pub fn wants_call(&mut self) -> bool {
+        if self.published == self.decided {
+            return false;
+        }
+        let old = std::mem::replace(&mut self.decided, self.published);
+        fence(Ordering::SeqCst);
+        let available = GuestAddress(self.queue.avail_ring());
+        let event = RING_ENTRIES + AVAILABLE_ENTRY * u64::from(self.queue.size());
+        let offset = if self.queue.event_idx_enabled() { event } else { RING_FLAGS };
+        let word = available
+            .checked_add(offset)
+            .and_then(|address| self.chains.memory().load::<u16>(address, Ordering::Relaxed).ok())
+            .map(u16::from_le);
+        match word {
+            None => true,
+            Some(flags) if !self.queue.event_idx_enabled() => {
+                u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0
+            }
+            Some(event) => event_crossed(Wrapping(event), self.published, old),
+        }
+    }
+
+    /// Signals the call eventfd; tells whether there was one.
+    pub fn call(&self) -> bool {
+        // A full counter (`WouldBlock`) is a notification the driver has not fetched yet: nothing is lost.
+        self.call.as_ref().map(|mut file| file.write(&1u64.to_ne_bytes())).is_some()
+    }
+
+    /// Asks the driver for kicks and re-checks: `true` = chains came meanwhile, do not sleep.
+    ///
+    /// `virtio-queue` puts a full fence between our store of the event word and the re-check. Its partner is the
+    /// driver's full barrier between its store of the available index and its load of our event word (Linux:
+    /// `virtqueue_kick_prepare`, `virtio_mb`).
+    pub fn want_kicks(&mut self) -> bool {
+        self.kicks_wanted = true;
+        match self.queue.enable_notification(&**self.chains.memory()) {
+            Ok(more) => more,
+            Err(error) => {
+                self.stop(Error::Available(error));
+                true
+            }
+        }
+    }
+
+    /// Tells the driver not to kick while we poll. With EVENT_IDX nothing is written: one kick has been sent for the
+    /// event index we left there, and there will be no other before the index comes round again.
+    pub fn refuse_kicks(&mut self) {
+        if self.kicks_wanted && !self.queue.event_idx_enabled() {
+            let result = self.queue.disable_notification(&**self.chains.memory());
+            if let Err(error) = result {
+                self.stop(Error::Available(error));
+            }
+        }
+        self.kicks_wanted = false;
+    }
+
+    /// Empties the kick eventfd; tells whether there was a kick.
+    pub fn drain_kick(&mut self) -> bool {
+        let Some(mut kick) = self.kick.as_deref() else { return false };
+        let mut count = [0; 8];
+        match kick.read(&mut count) {
+            Ok(8) if count != [0; 8] => true,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => false,
+            // Not an eventfd: it would be readable for ever and keep us from sleeping.
+            Ok(_) => {
+                self.stop(Error::Kick(std::io::ErrorKind::InvalidData.into()));
+                self.kick = None;
+                false
+            }
+            Err(error) => {
+                self.stop(Error::Kick(error));
+                self.kick = None;
+                false
+            }
+        }
+    }
+
+    /// Stops the ring for good: one line in the log, a signal to the frontend.
+    fn stop(&mut self, error: Error) {
+        if std::mem::replace(&mut self.broken, true) {
+            return;
+        }
+        tracing::error!("{}: {error}; the ring is stopped until the frontend sets it up anew", self.name);
+        self.untake();
+        if let Some(mut file) = self.error.as_ref() {
+            let _ = file.write(&1u64.to_ne_bytes());
+        }
+    }
+}
+
+/// virtio 1.2, 2.7.7.2: the driver asked to be told when the used index passes `event`; it moved from `old` to `new`.
+fn event_crossed(event: Wrapping<u16>, new: Wrapping<u16>, old: Wrapping<u16>) -> bool {
+    new - event - Wrapping(1) < new - old
+}

@@ -1,0 +1,161 @@
+//! One frontend's time with us: workers, poll threads, and their end.
+
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::sys::eventfd::EventFd;
+use vhost::vhost_user::Error as MessageError;
+use vhost_user_backend::VhostUserDaemon;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+
+use crate::affinity;
+use crate::cli::Options;
+use crate::device::{Device, QueuePair, birth_fd};
+use crate::door::Relay;
+use crate::stats::Stats;
+use crate::uplink::{Offloads, Pair};
+use crate::worker::Worker;
+
+/// Why a session could not be served.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The vhost-user-backend crate could not start.
+    #[error("cannot start a vhost-user session: {0}")]
+    Start(vhost_user_backend::Error),
+    /// The crate's workers did not hand over their rings.
+    #[error("cannot start a vhost-user session: its workers do not answer")]
+    Workers,
+    /// The system refuses something.
+    #[error("cannot start a vhost-user session: {0}")]
+    System(#[from] std::io::Error),
+    /// A poll thread died.
+    #[error("a poll thread ended by a panic: this is a bug")]
+    PollThread,
+}
+
+/// What sessions share: the uplink and the counters.
+pub struct Session<'a> {
+    /// How the program was started.
+    pub options: &'a Options,
+    /// The device-wide side of the uplink.
+    pub offloads: Offloads,
+    /// The uplink's end of each queue pair, while no session uses them.
+    pub pairs: Vec<Pair>,
+    /// Counters.
+    pub stats: Arc<Stats>,
+}
+
+impl Session<'_> {
+    /// Serves a frontend until it leaves or its connection is shut down.
+    pub fn run(&mut self, frontend: UnixStream) -> Result<(), Error> {
+        let (born, births) = mpsc::channel();
+        let device = Device::new(self.pairs.len(), self.options.mac, self.offloads.clone(), born)
+            .map_err(std::io::Error::from)?;
+        let device = Arc::new(device);
+        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+        let mut daemon =
+            VhostUserDaemon::new("vhost-user".into(), device.clone(), memory).map_err(Error::Start)?;
+        for (worker, birth) in daemon.get_epoll_handlers().iter().zip(device.births()) {
+            register(worker, birth, device.birth_event())?;
+        }
+        let rings = (0..self.pairs.len())
+            .map(|_| births.recv_timeout(Duration::from_secs(5)))
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|_| Error::Workers)?;
+
+        let (mut listener, relay) = Relay::start(frontend)?;
+        let poll_threads = self.start(rings)?;
+        daemon.start(&mut listener).map_err(Error::Start)?;
+        self.stats.sessions.add(1);
+        tracing::info!("a frontend connected");
+        // Whatever ends a session, the next frontend gets its chance.
+        match daemon.wait() {
+            Ok(()) | Err(vhost_user_backend::Error::HandleRequest(MessageError::Disconnected)) => {
+                tracing::info!("the frontend left");
+            }
+            Err(error) => tracing::warn!("the session ended: {error}"),
+        }
+        relay.close();
+        poll_threads.stop(&mut self.pairs)
+    }
+
+    /// Starts a poll thread a queue pair.
+    fn start(&mut self, rings: Vec<QueuePair>) -> Result<PollThreads, Error> {
+        let mut threads =
+            PollThreads { stop: Arc::new(AtomicBool::new(false)), rings: rings.clone(), handles: Vec::new() };
+        let pcpus = self.options.affinity.as_ref().map(|list| list.0.clone()).unwrap_or_default();
+        let mut rings = rings;
+        rings.sort_by_key(|pair| pair.index);
+        for (rings, pair) in rings.into_iter().zip(self.pairs.drain(..)) {
+            let index = rings.index;
+            let (Some(to_guest), Some(from_guest)) =
+                (self.stats.ring(2 * index), self.stats.ring(2 * index + 1))
+            else {
+                continue;
+            };
+            name_rings(&rings);
+            let worker = Worker {
+                rings,
+                pair,
+                poll: self.options.poll_us,
+                stats: [to_guest.clone(), from_guest.clone()],
+                stop: threads.stop.clone(),
+            };
+            let pcpu = (!pcpus.is_empty()).then(|| pcpus.get(index % pcpus.len()).copied()).flatten();
+            let handle = std::thread::Builder::new().name(format!("poll{index}")).spawn(move || {
+                if let Some(pcpu) = pcpu
+                    && let Err(error) = affinity::pin(pcpu)
+                {
+                    tracing::warn!("{error}");
+                }
+                worker.run()
+            })?;
+            threads.handles.push(handle);
+        }
+        Ok(threads)
+    }
+}
+
+/// Tells the rings what they are called and which way their buffers are used.
+fn name_rings(pair: &QueuePair) {
+    use crate::memory::Access;
+    let index = pair.index;
+    pair.to_guest.control(|ring| ring.set_role(format!("ring {} (to guest)", 2 * index), Access::Write));
+    pair.from_guest
+        .control(|ring| ring.set_role(format!("ring {} (from guest)", 2 * index + 1), Access::Read));
+}
+
+/// Makes a worker hand over its rings.
+fn register<T: vhost_user_backend::VhostUserBackend>(
+    worker: &vhost_user_backend::VringEpollHandler<T>,
+    birth: &EventFd,
+    event: u64,
+) -> std::io::Result<()> {
+    worker.register_listener(birth_fd(birth), EventSet::IN, event)
+}
+
+/// A session's poll threads.
+struct PollThreads {
+    stop: Arc<AtomicBool>,
+    rings: Vec<QueuePair>,
+    handles: Vec<JoinHandle<Pair>>,
+}
+
+impl PollThreads {
+    /// Ends them and puts the uplink's ends back into `pairs`.
+    fn stop(self, pairs: &mut Vec<Pair>) -> Result<(), Error> {
+        self.stop.store(true, Ordering::Relaxed);
+        for pair in &self.rings {
+            pair.to_guest.wake();
+            pair.from_guest.wake();
+        }
+        for handle in self.handles {
+            pairs.push(handle.join().map_err(|_| Error::PollThread)?);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,173 @@
+//! One queue pair's poll thread: moves frames both ways until there are none, spins for a while, then sleeps.
+//!
+//! While the thread works or spins, the driver is asked not to kick. Before it sleeps it asks for kicks again and
+//! looks once more (`Ring::want_kicks` has the fence), so a chain that comes in between is seen. Kicks for the ring
+//! to the guest are asked for only when it has no buffers left: until then only the uplink can give work.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::cli::PollTime;
+use crate::device::QueuePair;
+use crate::from_guest;
+use crate::stats::RingStats;
+use crate::to_guest::{Outcome, ToGuest};
+use crate::uplink::Pair;
+
+/// One queue pair's data path.
+pub struct Worker {
+    /// The rings.
+    pub rings: QueuePair,
+    /// The uplink's end.
+    pub pair: Pair,
+    /// How long to spin.
+    pub poll: PollTime,
+    /// Counters of the ring to the guest and of the ring from it.
+    pub stats: [Arc<RingStats>; 2],
+    /// Set, then the rings woken: the session is over.
+    pub stop: Arc<AtomicBool>,
+}
+
+/// What one look at both rings found.
+#[derive(Default)]
+struct Round {
+    moved: bool,
+    /// A message handler wants a ring.
+    contended: bool,
+    /// A ring can have work.
+    running: bool,
+    to_guest: Outcome,
+}
+
+impl Worker {
+    /// Runs until the session ends, then gives the uplink's end back for the next.
+    pub fn run(mut self) -> Pair {
+        let mut to_guest = ToGuest::default();
+        let mut idle_since = None;
+        while !self.stop.load(Ordering::Relaxed) {
+            let round = self.round(&mut to_guest);
+            if round.moved {
+                idle_since = None;
+            } else if round.contended {
+                std::thread::yield_now();
+            } else if round.running && self.may_spin(&mut idle_since) {
+                std::hint::spin_loop();
+            } else {
+                self.sleep(&round);
+                idle_since = None;
+            }
+        }
+        self.pair.set_enabled(true);
+        self.pair
+    }
+
+    /// Whether the time to spin is not over yet.
+    fn may_spin(&self, idle_since: &mut Option<Instant>) -> bool {
+        match self.poll {
+            PollTime::Always => true,
+            PollTime::Bounded(Duration::ZERO) => false,
+            PollTime::Bounded(limit) => idle_since.get_or_insert_with(Instant::now).elapsed() < limit,
+        }
+    }
+
+    /// One burst each way.
+    fn round(&mut self, to_guest: &mut ToGuest) -> Round {
+        let mut round = Round::default();
+        let [to_stats, from_stats] = &self.stats;
+        match self.rings.from_guest.try_lock() {
+            Some(mut ring) => {
+                round.moved |= from_guest::burst(&mut ring, &mut self.pair, from_stats);
+                round.running |= ring.is_running();
+            }
+            None => round.contended = true,
+        }
+        match self.rings.to_guest.try_lock() {
+            Some(mut ring) => {
+                let active = ring.is_running() && ring.is_enabled();
+                self.pair.set_enabled(active);
+                round.to_guest = to_guest.burst(&mut ring, &mut self.pair, to_stats);
+                round.moved |= round.to_guest.moved;
+                round.running |= active;
+            }
+            None => round.contended = true,
+        }
+        round
+    }
+
+    /// Sleeps until a kick, a frame or a change of the rings.
+    fn sleep(&mut self, round: &Round) {
+        let rings = &self.rings;
+        let (Some(from_kick), Some(to_kick)) = (self.arm_from_guest(), self.arm_to_guest(round)) else {
+            return;
+        };
+        let to_guest_waits = matches!(to_kick, Wait::Frames);
+        let from_kick = if let Wait::Kick(kick) = &from_kick { kick.as_deref() } else { None };
+        let to_kick = if let Wait::Kick(kick) = &to_kick { kick.as_deref() } else { None };
+        let uplink = self.pair.wait_fd().filter(|_| to_guest_waits);
+        let sources = [
+            Some(rings.from_guest.attention()),
+            Some(rings.to_guest.attention()),
+            from_kick.map(AsFd::as_fd),
+            to_kick.map(AsFd::as_fd),
+            uplink,
+        ];
+        let mut fds: Vec<PollFd> =
+            sources.iter().flatten().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
+        if self.stop.load(Ordering::Relaxed) {
+            return;
+        }
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => {
+                // Nothing we can wait for: go on at a bearable pace.
+                tracing::warn!("cannot wait for the rings: {error}");
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+        for (vring, stats) in [&rings.to_guest, &rings.from_guest].into_iter().zip(&self.stats) {
+            vring.drain_attention();
+            if let Some(mut ring) = vring.try_lock()
+                && ring.drain_kick()
+            {
+                stats.kicks.add(1);
+            }
+        }
+    }
+
+    /// What the ring from the guest waits for; `None` when it must not sleep.
+    fn arm_from_guest(&self) -> Option<Wait> {
+        let mut ring = self.rings.from_guest.try_lock()?;
+        if !ring.is_running() {
+            return Some(Wait::Nothing);
+        }
+        if ring.want_kicks() { None } else { Some(Wait::Kick(ring.kick())) }
+    }
+
+    /// What the ring to the guest waits for; `None` when it must not sleep.
+    fn arm_to_guest(&self, round: &Round) -> Option<Wait> {
+        let mut ring = self.rings.to_guest.try_lock()?;
+        if !ring.is_running() || !ring.is_enabled() {
+            return Some(Wait::Nothing);
+        }
+        if round.to_guest.starved {
+            return if ring.want_kicks() { None } else { Some(Wait::Kick(ring.kick())) };
+        }
+        if self.pair.has_frames() { None } else { Some(Wait::Frames) }
+    }
+}
+
+/// What a ring waits for.
+enum Wait {
+    /// It is not in use.
+    Nothing,
+    /// The driver.
+    Kick(Option<Arc<File>>),
+    /// The uplink.
+    Frames,
+}

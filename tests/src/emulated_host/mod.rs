@@ -1,0 +1,369 @@
+//! The emulated host: a whole virtualization host (KVM, five pCPUs, IOMMU, NIC) under QEMU's TCG, in which the
+//! machine's own file system is visible read-only, so that what is built here runs there as it is.
+//!
+//! The emulation can get stuck, rarely. Hence deadlines: one on coming up (killed and started anew a few times,
+//! each reported), one on silence while a command runs (the run fails: nothing measured across a stall counts).
+
+mod machine;
+mod outside;
+mod terminal;
+
+use std::fs::{self, File};
+use std::io::{self, BufReader, Read};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use crate::channel::{Bytes, Report, Request, Run, receive, send};
+use crate::process::{self, Process};
+use crate::progress::Step;
+use crate::provision::{Kernel, Provision};
+use crate::workspace::Workspace;
+use crate::{image, provision, qmp};
+use machine::Parts;
+pub use terminal::{RawTerminal, terminal_size};
+
+/// Where the read-write share is mounted inside.
+pub const SHARE: &str = "/run/ivcpu-lab";
+
+/// Starts in all before giving up.
+const ATTEMPTS: u32 = 4;
+/// The agent says "alive" every second; this much silence means the host is stuck.
+const SILENCE: Duration = Duration::from_secs(20);
+
+/// Why the emulated host could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file of the lab's own.
+    #[error("cannot use {0}: {1}")]
+    File(PathBuf, #[source] io::Error),
+    /// Something could not be provided.
+    #[error(transparent)]
+    Provision(#[from] provision::Error),
+    /// The image could not be made.
+    #[error(transparent)]
+    Image(#[from] image::Error),
+    /// QEMU did not start.
+    #[error(transparent)]
+    Process(#[from] process::Error),
+    /// QEMU could not be asked for its threads.
+    #[error(transparent)]
+    Qmp(#[from] qmp::Error),
+    /// It never came up.
+    #[error(
+        "the emulated host did not come up within {deadline:?}, {attempts} times; its console said last: {last}"
+    )]
+    NeverReady {
+        /// Time given to each start.
+        deadline: Duration,
+        /// Number of starts.
+        attempts: u32,
+        /// End of the console.
+        last: String,
+    },
+    /// It got stuck while a command ran.
+    #[error("the emulated host is stuck ({0}): nothing measured in it counts, run again")]
+    Stuck(String),
+    /// It powered off while a command ran.
+    #[error("the emulated host is gone; its console said last: {0}")]
+    Gone(String),
+    /// The command did not end in time.
+    #[error("`{0}` did not end within {1:?}")]
+    Deadline(String, Duration),
+    /// The command could not be started.
+    #[error("cannot run `{0}` in the emulated host: {1}")]
+    NotStarted(String, String),
+}
+
+/// How to boot.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Time for one start.
+    pub ready: Duration,
+    /// More words for the emulated host's kernel command line.
+    pub kernel_words: String,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        // 15 s is ample on an idle machine; this one may be building something else.
+        Self { ready: Duration::from_secs(40), kernel_words: String::new() }
+    }
+}
+
+/// Standard input of a command.
+pub enum Input {
+    /// None.
+    Empty,
+    /// The lab's own.
+    Inherited,
+}
+
+/// What happens to a running emulated host.
+#[derive(Debug)]
+enum Event {
+    Agent(Report),
+    Stalled(String),
+    PoweredOff,
+}
+
+/// A running emulated host. Dropping it ends it.
+pub struct EmulatedHost {
+    workspace: Workspace,
+    qemu: Process,
+    agent: Arc<Mutex<UnixStream>>,
+    events: Receiver<Event>,
+    console: PathBuf,
+    share: PathBuf,
+    kernel: String,
+    restarts: u32,
+    _sockets: TempDir,
+    _lock: File,
+}
+
+impl EmulatedHost {
+    /// Boots it, waiting for another one of this checkout to end first.
+    pub fn boot(workspace: &Workspace, provision: &Provision, options: &Options) -> Result<Self, Error> {
+        let lock = lock(workspace)?;
+        let tools = provision.tools()?;
+        let qemu = provision.qemu()?;
+        let kernel = provision.kernel(Kernel::V6_12)?;
+        let cache = workspace.cache();
+        let share = cache.join("share");
+        let _ = fs::remove_dir_all(&share);
+        fs::create_dir_all(&share).map_err(|e| Error::File(share.clone(), e))?;
+        let image = cache.join("host.img");
+        let agent = workspace.release().join("ivcpu-lab");
+        image::build_host(&image, &kernel, &tools, &visible(workspace), &agent)?;
+
+        let console = cache.join("host-console.log");
+        for attempt in 1..=ATTEMPTS {
+            let sockets = tempfile::tempdir().map_err(|e| Error::File(std::env::temp_dir(), e))?;
+            let parts = Parts {
+                qemu: &qemu,
+                kernel: &kernel,
+                image: &image,
+                share: &share,
+                sockets: sockets.path(),
+                console: &console,
+                more_kernel_words: &options.kernel_words,
+            };
+            let step = Step::start("booting the emulated host");
+            let started = start(&parts, options.ready);
+            step.finish();
+            match started? {
+                Some(started) => {
+                    return Ok(Self {
+                        workspace: workspace.clone(),
+                        qemu: started.qemu,
+                        agent: started.agent,
+                        events: started.events,
+                        console,
+                        share,
+                        kernel: started.kernel,
+                        restarts: attempt - 1,
+                        _sockets: sockets,
+                        _lock: lock,
+                    });
+                }
+                None if attempt < ATTEMPTS => eprintln!(
+                    "lab: the emulated host did not come up within {:?} (console: {}): starting it anew ({attempt} of {})",
+                    options.ready,
+                    last_lines(&console),
+                    ATTEMPTS - 1
+                ),
+                None => {}
+            }
+        }
+        Err(Error::NeverReady { deadline: options.ready, attempts: ATTEMPTS, last: last_lines(&console) })
+    }
+
+    /// `uname -r` in it.
+    pub fn kernel(&self) -> &str {
+        &self.kernel
+    }
+
+    /// How often it had to be started anew before it came up.
+    pub fn restarts(&self) -> u32 {
+        self.restarts
+    }
+
+    /// The machine's side of the folder that is `SHARE` inside.
+    pub fn share(&self) -> &Path {
+        &self.share
+    }
+
+    /// A command in the lab's usual environment.
+    pub fn command(&self, argv: impl IntoIterator<Item = impl Into<String>>) -> Run {
+        let path = format!(
+            "{}:{}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            self.workspace.release().display(),
+            self.workspace.launchers().display()
+        );
+        let terminal = std::env::var("TERM").unwrap_or_else(|_| "dumb".into());
+        Run {
+            argv: argv.into_iter().map(Into::into).collect(),
+            directory: self.workspace.root().display().to_string(),
+            environment: vec![("PATH".into(), path), ("TERM".into(), terminal)],
+            terminal: None,
+        }
+    }
+
+    /// Runs a command to its end and gives its exit status; `output` gets what it writes (and whether to standard
+    /// error). After an error the emulated host is of no use any more, except after `NotStarted`.
+    pub fn run(
+        &mut self,
+        run: &Run,
+        input: Input,
+        deadline: Option<Duration>,
+        mut output: impl FnMut(bool, &[u8]),
+    ) -> Result<i32, Error> {
+        let what = run.argv.join(" ");
+        self.request(&Request::Run(run.clone()))?;
+        match input {
+            Input::Empty => self.request(&Request::InputEnd)?,
+            Input::Inherited => self.forward_input(),
+        }
+        let start = Instant::now();
+        loop {
+            let left = deadline.map(|deadline| deadline.saturating_sub(start.elapsed()));
+            if left.is_some_and(|left| left.is_zero()) {
+                let _ = self.request(&Request::Kill);
+                return Err(Error::Deadline(what, deadline.unwrap_or_default()));
+            }
+            match self.events.recv_timeout(left.unwrap_or(SILENCE).min(SILENCE)) {
+                Ok(Event::Agent(Report::Output { error, bytes })) => output(error, &bytes.0),
+                Ok(Event::Agent(Report::Exit(status))) => return Ok(status),
+                Ok(Event::Agent(Report::NotStarted(why))) => return Err(Error::NotStarted(what, why)),
+                Ok(Event::Agent(Report::Alive | Report::Ready { .. })) => {}
+                Ok(Event::Stalled(sign)) => return Err(Error::Stuck(sign)),
+                Err(RecvTimeoutError::Timeout) if left.is_some_and(|left| left < SILENCE) => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(Error::Stuck(format!("no sign of life for {SILENCE:?}")));
+                }
+                Ok(Event::PoweredOff) | Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Error::Gone(last_lines(&self.console)));
+                }
+            }
+        }
+    }
+
+    /// Powers it off and waits for that.
+    pub fn power_off(mut self) -> Result<(), Error> {
+        self.request(&Request::PowerOff)?;
+        self.qemu.wait_for(Duration::from_secs(15))?;
+        Ok(())
+    }
+
+    /// Makes a file of the share readable inside under this path.
+    pub fn share_path(name: &str) -> PathBuf {
+        Path::new(SHARE).join(name)
+    }
+
+    fn request(&self, request: &Request) -> Result<(), Error> {
+        request_on(&self.agent, request).map_err(|e| Error::Gone(e.to_string()))
+    }
+
+    fn forward_input(&self) {
+        let agent = self.agent.clone();
+        thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            loop {
+                let request = match io::stdin().read(&mut buffer) {
+                    Ok(0) | Err(_) => Request::InputEnd,
+                    Ok(length) => Request::Input(Bytes(buffer[..length].to_vec())),
+                };
+                let ended = matches!(request, Request::InputEnd);
+                if request_on(&agent, &request).is_err() || ended {
+                    return;
+                }
+            }
+        });
+    }
+}
+
+fn request_on(agent: &Mutex<UnixStream>, request: &Request) -> io::Result<()> {
+    let mut agent = agent.lock().map_err(|_| io::Error::other("an earlier write to the agent failed"))?;
+    send(&mut *agent, request)
+}
+
+/// One emulated host of a checkout at a time: two would share the cores, the console file and the share.
+fn lock(workspace: &Workspace) -> Result<File, Error> {
+    let path = workspace.cache().join("emulated-host.lock");
+    let file = File::create(&path).map_err(|e| Error::File(path.clone(), e))?;
+    if file.try_lock().is_err() {
+        eprintln!("lab: another emulated host of this checkout is running, waiting for it to end");
+        file.lock().map_err(|e| Error::File(path, e))?;
+    }
+    Ok(file)
+}
+
+/// Folders that must be seen inside wherever they lie.
+fn visible(workspace: &Workspace) -> Vec<PathBuf> {
+    let mut folders = vec![workspace.root().to_path_buf()];
+    let program = std::env::current_exe().ok().and_then(|program| program.parent().map(PathBuf::from));
+    for folder in [Some(workspace.cache()), Some(workspace.release()), program].into_iter().flatten() {
+        if !folders.iter().any(|seen| folder.starts_with(seen)) {
+            folders.push(folder);
+        }
+    }
+    folders
+}
+
+struct Started {
+    qemu: Process,
+    agent: Arc<Mutex<UnixStream>>,
+    events: Receiver<Event>,
+    kernel: String,
+}
+
+/// One start; `None` if the host is not ready in time.
+fn start(parts: &Parts<'_>, ready: Duration) -> Result<Option<Started>, Error> {
+    let begin = Instant::now();
+    let (sender, events) = channel();
+    let mut qemu = parts.start(sender.clone())?;
+    let threads = match qmp::Qmp::connect(&parts.qmp()).and_then(|mut qmp| qmp.vcpu_threads()) {
+        Ok(threads) => threads,
+        Err(e) => {
+            return Err(match qemu.try_wait()? {
+                Some(_) => Error::Gone(last_lines(parts.console)),
+                None => e.into(),
+            });
+        }
+    };
+    outside::serve(&parts.outside(), qemu.id(), threads).map_err(|e| Error::File(parts.outside(), e))?;
+    let agent = UnixStream::connect(parts.agent()).map_err(|e| Error::File(parts.agent(), e))?;
+    let reader = agent.try_clone().map_err(|e| Error::File(parts.agent(), e))?;
+    thread::spawn(move || forward_reports(BufReader::new(reader), &sender));
+    let agent = Arc::new(Mutex::new(agent));
+    loop {
+        match events.recv_timeout(ready.saturating_sub(begin.elapsed())) {
+            Ok(Event::Agent(Report::Ready { kernel, cpus, uptime })) => {
+                tracing::debug!(kernel, cpus, uptime, "the emulated host is ready");
+                return Ok(Some(Started { qemu, agent, events, kernel }));
+            }
+            Ok(Event::Agent(_)) => {}
+            Ok(Event::Stalled(_) | Event::PoweredOff) | Err(_) => return Ok(None),
+        }
+    }
+}
+
+fn forward_reports(mut reader: BufReader<UnixStream>, events: &Sender<Event>) {
+    while let Ok(Some(report)) = receive(&mut reader) {
+        if events.send(Event::Agent(report)).is_err() {
+            return;
+        }
+    }
+}
+
+fn last_lines(console: &Path) -> String {
+    let text = fs::read(console).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    if lines.is_empty() { "nothing".into() } else { lines[lines.len().saturating_sub(3)..].join(" | ") }
+}

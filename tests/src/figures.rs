@@ -1,0 +1,258 @@
+//! From measured windows to the figures of a case. Pure arithmetic: what a share, a control or a price means is
+//! decided here and in `result.rs`, nowhere else.
+
+use std::collections::BTreeMap;
+
+use ivcpu_vmm::exits::{Row, Rows};
+use serde::{Deserialize, Serialize};
+
+use crate::result::{self, Bystander, Figures, GuestIrqs, Pcpu, Role};
+use crate::traffic::Latency;
+
+/// What one window saw: differences between two samples.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Window {
+    /// Length in seconds.
+    pub seconds: f64,
+    /// Exits by pCPU and row.
+    pub exits: BTreeMap<u32, Rows>,
+    /// KVM's own exit counter.
+    pub kvm_exits: Option<u64>,
+    /// Device interrupts accepted by the IVCPU's local APIC.
+    pub accepted_by_ivcpu: u64,
+    /// Device interrupts accepted by all local APICs of the VM.
+    pub accepted: u64,
+    /// virtio frames in both directions.
+    pub packets: u64,
+    /// TCP payload bytes of a stream.
+    pub bytes: u64,
+    /// Round trips.
+    pub transactions: u64,
+    /// Round-trip times.
+    pub latency_us: Option<Latency>,
+    /// Notifications that virtio's suppression rule asked for; none where the backend does not tell.
+    pub completions: Option<u64>,
+    /// Kicks that reached the backend; none where it does not tell.
+    pub kicks: Option<u64>,
+    /// CPU seconds by pCPU.
+    pub cpu_seconds: Vec<f64>,
+    /// Bystander iterations per CPU second of the application's pCPUs.
+    pub bystander_rate: Option<f64>,
+    /// The NIC's interrupts as the guest counted them.
+    pub guest_irqs: Option<GuestIrqs>,
+}
+
+/// Equally long windows of one load.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Load {
+    /// The windows.
+    pub windows: Vec<Window>,
+    /// Payload bytes the receiving ends compared with what was sent, from start to end of the traffic.
+    pub bytes_verified: Option<u64>,
+}
+
+impl Load {
+    /// Takes in the windows of another run of the same load.
+    pub fn extend(&mut self, other: Load) {
+        self.bytes_verified = match (self.windows.is_empty(), self.bytes_verified, other.bytes_verified) {
+            (true, _, verified) => verified,
+            (false, ours, theirs) => ours.zip(theirs).map(|(ours, theirs)| ours + theirs),
+        };
+        self.windows.extend(other.windows);
+    }
+
+    fn total<T: std::iter::Sum>(&self, figure: impl Fn(&Window) -> T) -> T {
+        self.windows.iter().map(figure).sum()
+    }
+
+    fn median(&self, figure: impl Fn(&Window) -> Option<f64>) -> Option<f64> {
+        result::median(&self.windows.iter().filter_map(figure).collect::<Vec<_>>())
+    }
+
+    /// Throughput of each window, or its median round trip: what repeats of the load are compared by.
+    pub fn rates(&self) -> Vec<f64> {
+        let rate = |w: &Window| w.latency_us.map_or_else(|| mbps(w.bytes, w.seconds), |latency| latency.p50);
+        self.windows.iter().map(rate).collect()
+    }
+
+    fn rows(&self, pcpu: u32) -> Rows {
+        let mut sum = Rows::default();
+        self.windows.iter().filter_map(|w| w.exits.get(&pcpu)).for_each(|rows| sum += rows);
+        sum
+    }
+
+    /// Largest less smallest window, a row, times the number of windows: the spread of the summed figure if all
+    /// windows erred the same way.
+    fn spread(&self, pcpu: u32) -> Rows {
+        let mut spread = Rows::default();
+        for row in Row::ALL {
+            let counts = self.windows.iter().map(|w| w.exits.get(&pcpu).map_or(0, |rows| rows.count(row)));
+            let (low, high) = counts.fold((u64::MAX, 0), |(l, h), n| (l.min(n), h.max(n)));
+            spread.add(row, high.saturating_sub(low) * self.windows.len() as u64);
+        }
+        spread
+    }
+
+    fn guest_irqs(&self) -> Option<GuestIrqs> {
+        let windows: Option<Vec<GuestIrqs>> = self.windows.iter().map(|w| w.guest_irqs).collect();
+        let windows = windows?;
+        Some(GuestIrqs {
+            ivcpu: windows.iter().map(|irqs| irqs.ivcpu).sum(),
+            other: windows.iter().map(|irqs| irqs.other).sum(),
+        })
+    }
+}
+
+/// Figures of a load beside its control: the same VM and spinning threads over as many equally long windows without
+/// traffic. `roles` names every pCPU of the host.
+pub fn of_load(traffic: &Load, control: &Load, roles: &[Role]) -> Figures {
+    let pcpus: Vec<Pcpu> = (0u32..)
+        .zip(roles)
+        .map(|(pcpu, role)| Pcpu {
+            pcpu,
+            role: *role,
+            exits: traffic.rows(pcpu),
+            control: control.rows(pcpu),
+            control_spread: control.spread(pcpu),
+            cpu_seconds: traffic.windows.iter().map(|w| w.cpu_seconds.get(pcpu as usize).copied()).sum(),
+        })
+        .collect();
+
+    let bystander = match (traffic.median(|w| w.bystander_rate), control.median(|w| w.bystander_rate)) {
+        (Some(with), Some(without)) if without > 0.0 => Some(Bystander { share: with / without }),
+        _ => None,
+    };
+    let io_cpu_seconds = io_cpu_seconds(&pcpus, bystander);
+    let seconds = traffic.total(|w| w.seconds);
+    let bytes = traffic.total(|w| w.bytes);
+    let transactions = traffic.total(|w| w.transactions);
+    let accepted = traffic.total(|w| w.accepted);
+    let percentile = |of: fn(&Latency) -> f64| traffic.median(|w| w.latency_us.as_ref().map(of));
+    let latency_us = match (percentile(|l| l.p50), percentile(|l| l.p99), percentile(|l| l.p999)) {
+        (Some(p50), Some(p99), Some(p999)) => Some(Latency { p50, p99, p999 }),
+        _ => None,
+    };
+
+    Figures {
+        seconds: Some(seconds),
+        mbps: (bytes > 0).then(|| mbps(bytes, seconds)),
+        latency_us,
+        transactions: latency_us.map(|_| transactions),
+        packets: Some(traffic.total(|w| w.packets)),
+        bytes: (bytes > 0).then_some(bytes),
+        bytes_verified: traffic.bytes_verified,
+        completions: traffic.total(|w| w.completions),
+        kicks: traffic.total(|w| w.kicks),
+        fifo: result::Fifo::default(),
+        guest_irqs: traffic.guest_irqs(),
+        accepted_by_ivcpu: (accepted > 0 && roles.contains(&Role::Ivcpu))
+            .then(|| traffic.total(|w| w.accepted_by_ivcpu) as f64 / accepted as f64),
+        exits_total: Some(pcpus.iter().map(|p| p.exits.total()).sum()),
+        kvm_exits: traffic.total(|w| w.kvm_exits),
+        bystander,
+        cpu_seconds_per_gb: io_cpu_seconds.filter(|_| bytes > 0).map(|s| s / (bytes as f64 / 1e9)),
+        cpu_seconds_per_1k_transactions: io_cpu_seconds
+            .filter(|_| transactions > 0)
+            .map(|s| s / (transactions as f64 / 1e3)),
+        repeats: u32::try_from(traffic.windows.len()).ok(),
+        spread: result::spread(&traffic.rates()),
+        pcpus,
+    }
+}
+
+/// Payload bytes over seconds, in Mbit/s.
+pub fn mbps(bytes: u64, seconds: f64) -> f64 {
+    bytes as f64 * 8.0 / 1e6 / seconds
+}
+
+/// CPU seconds that I/O cost: all of the IVCPU's and the backend's pCPUs, and of the application's what the bystander
+/// did not get. The wire is the peer's machine, not this one's. Unknown where the backend has no pCPU of its own.
+fn io_cpu_seconds(pcpus: &[Pcpu], bystander: Option<Bystander>) -> Option<f64> {
+    let bystander = bystander?.share;
+    pcpus.iter().find(|p| p.role == Role::Backend)?;
+    pcpus
+        .iter()
+        .map(|p| {
+            let seconds = p.cpu_seconds?;
+            Some(match p.role {
+                Role::App => seconds * (1.0 - bystander),
+                Role::Ivcpu | Role::Backend => seconds,
+                Role::Wire | Role::Other => 0.0,
+            })
+        })
+        .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn external_intr(n: u64) -> Rows {
+        let mut rows = Rows::default();
+        rows.add(Row::ExternalIntr, n);
+        rows
+    }
+
+    fn window(exits: [u64; 2], bytes: u64, bystander_rate: f64) -> Window {
+        let exits = (0u32..).zip(exits).map(|(p, n)| (p, external_intr(n))).collect();
+        Window {
+            seconds: 2.0,
+            exits,
+            kvm_exits: Some(10),
+            bytes,
+            cpu_seconds: vec![2.0, 1.0],
+            bystander_rate: Some(bystander_rate),
+            ..Window::default()
+        }
+    }
+
+    fn load(windows: Vec<Window>) -> Load {
+        Load { windows, bytes_verified: Some(1) }
+    }
+
+    #[test]
+    fn sums_windows_and_keeps_the_control_apart() {
+        let traffic =
+            load(vec![window([5, 100], 1_000_000_000, 80.0), window([7, 200], 1_000_000_000, 80.0)]);
+        let control = load(vec![window([4, 0], 0, 100.0), window([6, 1], 0, 100.0)]);
+        let f = of_load(&traffic, &control, &[Role::App, Role::Backend]);
+        assert_eq!(f.seconds, Some(4.0));
+        assert_eq!(f.mbps, Some(4000.0));
+        assert_eq!(f.pcpus[0].exits.count(Row::ExternalIntr), 12);
+        assert_eq!(f.pcpus[0].control.count(Row::ExternalIntr), 10);
+        assert_eq!(f.pcpus[0].control_spread.count(Row::ExternalIntr), 4);
+        assert_eq!(f.exits_total, Some(312));
+        assert_eq!(f.kvm_exits, Some(20));
+        assert_eq!(f.bystander, Some(Bystander { share: 0.8 }));
+        // 4 s of the application's pCPU less the bystander's 80 %, and all 2 s of the backend's, for 2 GB.
+        assert!((f.cpu_seconds_per_gb.unwrap() - (0.8 + 2.0) / 2.0).abs() < 1e-9);
+        assert_eq!(f.spread, Some(0.0));
+    }
+
+    #[test]
+    fn one_unknown_window_makes_the_sum_unknown() {
+        let mut known = window([1, 1], 10, 1.0);
+        known.kicks = Some(3);
+        let load = load(vec![known, window([1, 1], 10, 1.0)]);
+        let f = of_load(&load, &load, &[Role::App, Role::Backend]);
+        assert_eq!(f.kicks, None);
+        assert_eq!(f.guest_irqs, None);
+    }
+
+    #[test]
+    fn a_backend_without_a_pcpu_of_its_own_has_no_price() {
+        let load = load(vec![window([1, 1], 10, 1.0)]);
+        let f = of_load(&load, &load, &[Role::App, Role::Wire]);
+        assert_eq!(f.cpu_seconds_per_gb, None);
+    }
+
+    #[test]
+    fn loads_of_several_runs_add_up() {
+        let mut sum = Load::default();
+        sum.extend(load(vec![window([1, 1], 10, 1.0)]));
+        sum.extend(load(vec![window([2, 2], 20, 1.0)]));
+        assert_eq!((sum.windows.len(), sum.bytes_verified), (2, Some(2)));
+        sum.extend(Load { windows: vec![window([3, 3], 30, 1.0)], bytes_verified: None });
+        assert_eq!(sum.bytes_verified, None);
+    }
+}

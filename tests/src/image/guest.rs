@@ -1,0 +1,101 @@
+//! A guest's image: a stock kernel's modules, the traffic tools, and the lab's own program as the guest agent.
+//!
+//! Nothing in it writes `/proc/irq`: where interrupts go is up to the guest kernel and to the shipped service.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use super::modules::Modules;
+use super::{Error, Image};
+use crate::provision::{BUSYBOX, KernelFiles, TOOLS, Unpacked, listed_libraries};
+
+const INIT: &str = include_str!("guest-init.sh");
+
+/// Where the shipped interrupt service lies in the guest.
+pub const SERVICE: &str = "/usr/sbin/ivcpu-irq";
+
+const MODULES: [&str; 3] = ["virtio_pci", "virtio_net", "virtio_console"];
+
+/// What goes into a guest's image.
+pub(super) struct Contents<'a> {
+    /// The guest's kernel.
+    pub(super) kernel: &'a KernelFiles,
+    /// The unpacked tools.
+    pub(super) tools: &'a Unpacked,
+    /// The lab's own program.
+    pub(super) agent: &'a Path,
+    /// The shipped interrupt service.
+    pub(super) service: Option<PathBuf>,
+}
+
+/// Writes the image to `path`.
+pub(super) fn build(path: &Path, contents: &Contents<'_>) -> Result<(), Error> {
+    let mut image = Image::default();
+    let tools = contents.tools;
+    image.copy(&tools.find(BUSYBOX)?, "bin/busybox", 0o755)?;
+    image.file("init", 0o755, INIT.as_bytes()).map_err(Error::file("add", path))?;
+    let mut load = String::new();
+    for module in Modules::of(contents.kernel)?.in_loading_order(&MODULES)? {
+        let name = format!("modules/{}.ko", module.name);
+        load += &format!("/{name}\n");
+        image.file(&name, 0o644, &module.content).map_err(Error::file("add", path))?;
+    }
+    image.file("load", 0o644, load.as_bytes()).map_err(Error::file("add", path))?;
+    add_agent(&mut image, contents.agent)?;
+    add_tools(&mut image, tools, path)?;
+    if let Some(service) = &contents.service {
+        image.copy(service, SERVICE, 0o755)?;
+    }
+    for folder in ["proc", "sys", "dev", "tmp", "run", "etc"] {
+        image.folder(folder).map_err(Error::file("add", path))?;
+    }
+    image.write(path)
+}
+
+/// The lab's program, without its debugging information (most of its size), and this machine's libraries for it.
+fn add_agent(image: &mut Image, agent: &Path) -> Result<(), Error> {
+    let scratch = tempfile::tempdir().map_err(Error::file("make", Path::new("a temporary folder")))?;
+    let stripped = scratch.path().join("ivcpu-lab");
+    let strip = Command::new("strip").arg("-o").arg(&stripped).arg(agent).stdin(Stdio::null()).output();
+    let small = strip.is_ok_and(|output| output.status.success());
+    image.copy(if small { &stripped } else { agent }, "bin/ivcpu-lab", 0o755)?;
+
+    let failed = |why: String| Error::Libraries(agent.into(), why);
+    let ldd =
+        Command::new("ldd").arg(agent).stdin(Stdio::null()).output().map_err(|e| failed(e.to_string()))?;
+    let text = String::from_utf8_lossy(&ldd.stdout);
+    if !ldd.status.success() || text.contains("not found") {
+        return Err(failed(text.trim().into()));
+    }
+    for library in listed_libraries(&text) {
+        image.copy(&library, &library.display().to_string(), 0o755)?;
+    }
+    Ok(())
+}
+
+/// The tools with their own loader and libraries, so that they never meet the machine's C library.
+fn add_tools(image: &mut Image, tools: &Unpacked, path: &Path) -> Result<(), Error> {
+    const LIBRARIES: &str = "/tools/lib";
+    let mut added = Vec::new();
+    for (name, places) in TOOLS {
+        let program = tools.find(places)?;
+        image.copy(&program, &format!("/tools/bin/{name}"), 0o755)?;
+        let mut loader = String::new();
+        for library in tools.libraries(&program)? {
+            let file = library.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if file.starts_with("ld-linux") {
+                loader = format!("{LIBRARIES}/{file}");
+            }
+            if !added.contains(&file) {
+                image.copy(&library, &format!("{LIBRARIES}/{file}"), 0o755)?;
+                added.push(file);
+            }
+        }
+        let launcher =
+            format!("#!/bin/busybox sh\nexec {loader} --library-path {LIBRARIES} /tools/bin/{name} \"$@\"\n");
+        image
+            .file(&format!("usr/bin/{name}"), 0o755, launcher.as_bytes())
+            .map_err(Error::file("add", path))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,134 @@
+//! A running `ivcpu-backend`.
+
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use nix::sys::signal::Signal;
+use serde::Deserialize;
+
+use super::{Host, Wire};
+use crate::process::Process;
+
+/// How a backend is started.
+#[derive(Clone, Debug)]
+pub struct BackendConfig {
+    /// `tap:NAME`, `null`, `loop` or `gen[:SIZE]`.
+    pub uplink: String,
+    /// Queue pairs.
+    pub queue_pairs: u16,
+    /// What `--poll-us` says: microseconds, or `always`.
+    pub poll: String,
+    /// Where its poll threads run.
+    pub pcpus: Vec<usize>,
+}
+
+/// One queue's counters, as the backend gives them.
+#[derive(Clone, Debug, Deserialize)]
+pub struct QueueStats {
+    /// Number of the queue.
+    pub index: usize,
+    /// `to_guest` or `from_guest`.
+    pub direction: String,
+    /// Frames moved.
+    pub packets: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Frames dropped.
+    pub dropped: u64,
+    /// Kick notifications received.
+    pub kicks: u64,
+    /// Call notifications sent because the driver asked for one.
+    pub calls: u64,
+    /// Call notifications the driver suppressed.
+    pub calls_suppressed: u64,
+}
+
+/// The backend's counters.
+#[derive(Clone, Debug, Deserialize)]
+pub struct BackendStats {
+    /// One entry a queue.
+    pub queues: Vec<QueueStats>,
+    /// Frontends served so far, the present one included.
+    pub sessions: u64,
+}
+
+/// A running backend; ended when dropped.
+pub struct Backend {
+    process: Process,
+    socket: PathBuf,
+    stats: PathBuf,
+}
+
+impl Backend {
+    /// Starts it in the wire's namespace and waits until it listens.
+    pub fn start(host: &Host, config: &BackendConfig) -> anyhow::Result<Self> {
+        let socket = host.scratch().join("backend.sock");
+        let stats = host.scratch().join("backend-stats.sock");
+        let log = host.log("backend.log")?;
+        let affinity: Vec<_> = config.pcpus.iter().map(usize::to_string).collect();
+        let mut words: Vec<String> = Wire::enter_words().into();
+        words.extend([host.binary("ivcpu-backend").display().to_string()]);
+        words.extend(["--socket-path".into(), socket.display().to_string()]);
+        words.extend(["--uplink".into(), config.uplink.clone()]);
+        words.extend(["--queue-pairs".into(), config.queue_pairs.to_string()]);
+        words.extend(["--poll-us".into(), config.poll.clone()]);
+        words.extend(["--affinity".into(), format!("[{}]", affinity.join(","))]);
+        words.extend(["--stats-socket".into(), stats.display().to_string()]);
+        let mut process = Process::spawn("ivcpu-backend", &words[0], |command| {
+            command.args(&words[1..]).stdin(Stdio::null()).stderr(log);
+        })?;
+        wait_for_socket(&mut process, &socket).context("see backend.log")?;
+        Ok(Self { process, socket, stats })
+    }
+
+    /// The vhost-user socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Its counters now.
+    pub fn stats(&self) -> anyhow::Result<BackendStats> {
+        let mut text = String::new();
+        let mut stream = UnixStream::connect(&self.stats).context("asking the backend for its counters")?;
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        stream.read_to_string(&mut text).context("reading the backend's counters")?;
+        serde_json::from_str(&text).with_context(|| format!("the backend's counters are {text:?}"))
+    }
+
+    /// Kills it as a crash would.
+    pub fn kill(mut self) -> anyhow::Result<()> {
+        self.process.signal(Signal::SIGKILL);
+        self.process.wait_for(Duration::from_secs(10))?;
+        Ok(())
+    }
+
+    /// Asks it to end and gives its exit status.
+    pub fn terminate(self) -> anyhow::Result<ExitStatus> {
+        Ok(self.process.terminate()?)
+    }
+}
+
+/// A listening socket's file appears with `bind`; whoever connects then may have to wait, but is not refused.
+fn wait_for_socket(process: &mut Process, socket: &Path) -> anyhow::Result<()> {
+    let start = Instant::now();
+    while !socket.exists() {
+        if let Some(status) = process.try_wait()? {
+            bail!("the backend ended at once: {status}");
+        }
+        if start.elapsed() > Duration::from_secs(15) {
+            bail!("the backend does not listen on {}", socket.display());
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}

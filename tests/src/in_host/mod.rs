@@ -1,0 +1,113 @@
+//! What runs inside the host: in the emulated one, or natively on a machine with VMX or SVM.
+
+pub mod agent;
+mod backend;
+pub mod drive;
+pub mod measure;
+mod outside;
+mod vm;
+mod vmm;
+mod wire;
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use tempfile::TempDir;
+
+use crate::emulated_host::SHARE;
+use crate::image::guest_image;
+use crate::pcpu;
+use crate::provision::{Kernel, Provision};
+use crate::workspace::Workspace;
+
+pub use backend::{Backend, BackendConfig, BackendStats, QueueStats};
+pub use outside::Outside;
+pub use vm::Vm;
+pub use vmm::{Layout, Net, VmConfig, Vmm};
+pub use wire::{TAP, Wire};
+
+/// The host a scenario runs in.
+pub struct Host {
+    workspace: Workspace,
+    /// The way to real CPU times.
+    pub outside: Outside,
+    logs: PathBuf,
+    scratch: TempDir,
+}
+
+impl Host {
+    /// The emulated host this process runs in. The process and what it starts keep to the wire's pCPU unless
+    /// pinned elsewhere.
+    pub fn emulated() -> anyhow::Result<Self> {
+        Self::enter(Outside::of_emulated_host()?, PathBuf::from(SHARE))
+    }
+
+    /// This machine itself.
+    pub fn native() -> anyhow::Result<Self> {
+        let workspace = Workspace::locate()?;
+        check_native()?;
+        let logs = workspace.cache().join("share");
+        fs::create_dir_all(&logs).with_context(|| format!("making {}", logs.display()))?;
+        Self::enter(Outside::Native, logs)
+    }
+
+    fn enter(outside: Outside, logs: PathBuf) -> anyhow::Result<Self> {
+        pcpu::pin(0, &[pcpu::WIRE]).context("pinning the scenario")?;
+        let scratch = tempfile::tempdir().context("making a temporary folder")?;
+        Ok(Self { workspace: Workspace::locate()?, outside, logs, scratch })
+    }
+
+    /// The guest `config` describes, with the provisioned kernel and the guest image made for it.
+    pub fn guest_files(&self, kernel: Kernel) -> anyhow::Result<(PathBuf, PathBuf)> {
+        let image = guest_image(&self.workspace, kernel);
+        if !image.exists() {
+            bail!("there is no {}: it is made outside, before the host boots", image.display());
+        }
+        Ok((Provision::new(&self.workspace).kernel(kernel)?.image, image))
+    }
+
+    /// A folder for sockets.
+    pub fn scratch(&self) -> &Path {
+        self.scratch.path()
+    }
+
+    /// A program of this workspace.
+    pub fn binary(&self, name: &str) -> PathBuf {
+        self.workspace.release().join(name)
+    }
+
+    /// A provisioned program.
+    pub fn launcher(&self, name: &str) -> PathBuf {
+        self.workspace.launchers().join(name)
+    }
+
+    /// Opens a log that outlives the host; one that is there already is continued.
+    pub fn log(&self, name: &str) -> anyhow::Result<File> {
+        let path = self.logs.join(name);
+        File::options()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .with_context(|| format!("opening {}", path.display()))
+    }
+}
+
+/// Says in one line what a machine lacks that is to be measured natively.
+fn check_native() -> anyhow::Result<()> {
+    let cpus = fs::read_to_string("/proc/cpuinfo").context("reading /proc/cpuinfo")?;
+    let flag =
+        |name: &str| cpus.lines().any(|line| line.starts_with("flags") && line.split(' ').any(|w| w == name));
+    if !flag("vmx") && !flag("svm") {
+        bail!("this machine's CPUs have neither VMX nor SVM: leave --native out to use the emulated host");
+    }
+    let count = cpus.lines().filter(|line| line.starts_with("processor")).count();
+    if count < pcpu::COUNT {
+        bail!("this machine has {count} CPUs, the lab's plan needs {}: leave --native out", pcpu::COUNT);
+    }
+    File::options().read(true).write(true).open("/dev/kvm").context("opening /dev/kvm")?;
+    if !nix::unistd::geteuid().is_root() {
+        bail!("measuring natively makes a network namespace and reads tracefs: run it as root");
+    }
+    Ok(())
+}

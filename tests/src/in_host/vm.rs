@@ -1,0 +1,280 @@
+//! A running guest: its VMM's process, its serial line, and the guest agent at the other end of that.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{ChildStdin, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use nix::sys::signal::Signal;
+
+use super::{Host, Net, VmConfig, Vmm, Wire};
+use crate::guest::protocol::{Answer, MARK, Request};
+use crate::pcpu;
+use crate::process::Process;
+use crate::procfs::{CpuTime, Interrupt};
+use crate::qmp::Qmp;
+use crate::traffic::{Counts, Traffic};
+
+/// A guest boots in a few seconds; the emulation may be slow.
+const BOOT: Duration = Duration::from_secs(90);
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// A running guest; ended when dropped.
+pub struct Vm {
+    process: Process,
+    input: ChildStdin,
+    answers: Receiver<Answer>,
+    vcpu_threads: Vec<i32>,
+    boot_time: Duration,
+}
+
+impl Vm {
+    /// Starts the VMM, pins its threads, and waits until the guest agent says hello. The guest's console is kept
+    /// in `guest.log`.
+    pub fn boot(host: &Host, config: &VmConfig) -> anyhow::Result<Self> {
+        let begin = Instant::now();
+        let qmp = host.scratch().join("qmp.sock");
+        let _ = fs::remove_file(&qmp);
+        let words = match config.vmm {
+            Vmm::IvcpuVmm => config.ivcpu_vmm_words(&host.binary("ivcpu-vmm")),
+            Vmm::Qemu => {
+                let mut words: Vec<String> = Wire::enter_words().into();
+                words.extend(config.qemu_words(&host.launcher("qemu-system-x86_64"), &qmp));
+                words
+            }
+        };
+        let log = host.log("guest.log")?;
+        let errors = log.try_clone()?;
+        let mut process = Process::spawn("the VMM", &words[0], |command| {
+            command.args(&words[1..]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(errors);
+        })?;
+        let input = process.child().stdin.take().context("the VMM's standard input")?;
+        let output = process.child().stdout.take().context("the VMM's standard output")?;
+        let (sender, answers) = channel();
+        thread::spawn(move || watch_serial(BufReader::new(output), log, &sender));
+
+        let mut vcpu_threads = Vec::new();
+        if config.vmm == Vmm::Qemu {
+            let mut qemu = Qmp::connect(&qmp).context("see guest.log")?;
+            vcpu_threads = qemu.vcpu_threads()?;
+            for (vcpu, thread) in vcpu_threads.iter().enumerate() {
+                pcpu::pin(*thread, &config.pcpus(vcpu)).context("pinning a vCPU")?;
+            }
+            if matches!(config.net, Net::VhostNet) {
+                pin_vhost_workers(process.id())?;
+            }
+            qemu.start_machine()?;
+        }
+        let mut vm = Self { process, input, answers, vcpu_threads, boot_time: Duration::ZERO };
+        match vm.answer(BOOT).context("the guest did not come up, see guest.log")? {
+            Answer::Hello { cpus, .. } if cpus == config.vcpus() => {}
+            Answer::Hello { cpus, .. } => bail!("the guest has {cpus} CPUs, not {}", config.vcpus()),
+            other => bail!("the guest said {other:?} instead of hello"),
+        }
+        if config.vmm == Vmm::IvcpuVmm {
+            vm.vcpu_threads = own_vcpu_threads(vm.id())?;
+        }
+        vm.boot_time = begin.elapsed();
+        Ok(vm)
+    }
+
+    /// The VMM's process id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// The vCPUs' thread ids; the IVCPU's is the last.
+    pub fn vcpu_threads(&self) -> &[i32] {
+        &self.vcpu_threads
+    }
+
+    /// From the VMM's start to the agent's hello.
+    pub fn boot_time(&self) -> Duration {
+        self.boot_time
+    }
+
+    /// Asks the guest agent; what failed in the guest is an error here.
+    pub fn request(&mut self, request: &Request) -> anyhow::Result<Answer> {
+        let mut line = serde_json::to_vec(request)?;
+        line.push(b'\n');
+        self.input
+            .write_all(&line)
+            .and_then(|()| self.input.flush())
+            .context("writing to the serial line")?;
+        match self.answer(ANSWER).with_context(|| format!("asking the guest for {request:?}"))? {
+            Answer::Failed(why) => bail!("in the guest: {why}"),
+            answer => Ok(answer),
+        }
+    }
+
+    /// Brings the guest's network up.
+    pub fn bring_up_network(&mut self, queue_pairs: u16) -> anyhow::Result<()> {
+        self.request(&Request::Network(queue_pairs)).map(drop)
+    }
+
+    /// Starts the shipped interrupt service in the guest.
+    pub fn start_service(&mut self) -> anyhow::Result<()> {
+        self.request(&Request::Service).map(drop)
+    }
+
+    /// Connects to the wire, whose end must be listening, and starts traffic.
+    pub fn start_traffic(&mut self, traffic: Traffic) -> anyhow::Result<()> {
+        self.request(&Request::Traffic(traffic)).map(drop)
+    }
+
+    /// The guest's end of the traffic so far.
+    pub fn traffic_counts(&mut self) -> anyhow::Result<Counts> {
+        self.counts(&Request::Counts)
+    }
+
+    /// Forgets the round-trip times so far.
+    pub fn reset_latency(&mut self) -> anyhow::Result<()> {
+        self.request(&Request::ResetLatency).map(drop)
+    }
+
+    /// Stops the traffic and gives its last counts.
+    pub fn stop_traffic(&mut self) -> anyhow::Result<Counts> {
+        self.counts(&Request::StopTraffic)
+    }
+
+    fn counts(&mut self, request: &Request) -> anyhow::Result<Counts> {
+        match self.request(request)? {
+            Answer::Counts(counts) => Ok(counts),
+            other => bail!("the guest answered {other:?} to {request:?}"),
+        }
+    }
+
+    /// Starts a bystander on the guest's CPUs `cpus`.
+    pub fn start_bystander(&mut self, cpus: &[usize], yielding: bool) -> anyhow::Result<()> {
+        self.request(&Request::Bystander { cpus: cpus.to_vec(), yielding }).map(drop)
+    }
+
+    /// The bystander's iterations so far.
+    pub fn iterations(&mut self) -> anyhow::Result<Vec<u64>> {
+        match self.request(&Request::Iterations)? {
+            Answer::Iterations(iterations) => Ok(iterations),
+            other => bail!("the guest answered {other:?} instead of iterations"),
+        }
+    }
+
+    /// Stops the bystander.
+    pub fn stop_bystander(&mut self) -> anyhow::Result<()> {
+        self.request(&Request::StopBystander).map(drop)
+    }
+
+    /// Interrupts of the guest's virtio devices so far.
+    pub fn interrupts(&mut self) -> anyhow::Result<Vec<Interrupt>> {
+        match self.request(&Request::Interrupts)? {
+            Answer::Interrupts(interrupts) => Ok(interrupts),
+            other => bail!("the guest answered {other:?} instead of interrupts"),
+        }
+    }
+
+    /// Times of the guest's CPUs so far.
+    pub fn cpu_times(&mut self) -> anyhow::Result<Vec<CpuTime>> {
+        match self.request(&Request::CpuTimes)? {
+            Answer::CpuTimes(times) => Ok(times),
+            other => bail!("the guest answered {other:?} instead of CPU times"),
+        }
+    }
+
+    /// Runs a shell command in the guest; its exit status and what it wrote.
+    pub fn run(&mut self, command: &str) -> anyhow::Result<(i32, String)> {
+        match self.request(&Request::Run(command.into()))? {
+            Answer::Output { status, text } => Ok((status, text)),
+            other => bail!("the guest answered {other:?} instead of output"),
+        }
+    }
+
+    /// Powers the guest off and gives the VMM's exit status.
+    pub fn power_off(mut self) -> anyhow::Result<ExitStatus> {
+        self.request(&Request::PowerOff)?;
+        Ok(self.process.wait_for(ANSWER).context("the VMM did not end after the guest's power-off")?)
+    }
+
+    /// Kills the VMM as a crash would.
+    pub fn kill(mut self) -> anyhow::Result<()> {
+        self.process.signal(Signal::SIGKILL);
+        self.process.wait_for(ANSWER)?;
+        Ok(())
+    }
+
+    fn answer(&mut self, deadline: Duration) -> anyhow::Result<Answer> {
+        match self.answers.recv_timeout(deadline) {
+            Ok(answer) => Ok(answer),
+            Err(RecvTimeoutError::Timeout) => bail!("no answer within {deadline:?}"),
+            Err(RecvTimeoutError::Disconnected) => match self.process.wait_for(Duration::from_secs(5)) {
+                Ok(status) => bail!("the VMM ended: {status}"),
+                Err(_) => bail!("the VMM closed the guest's serial line"),
+            },
+        }
+    }
+}
+
+/// Keeps the guest's console and picks the agent's answers out of it.
+fn watch_serial(mut serial: impl BufRead, mut log: File, answers: &Sender<Answer>) {
+    /// A guest that never ends its line must not fill the memory.
+    const LONGEST_LINE: u64 = 1 << 20;
+    let mut line = Vec::new();
+    while matches!(serial.by_ref().take(LONGEST_LINE).read_until(b'\n', &mut line), Ok(length) if length > 0)
+    {
+        // The log is for people; a full disk is no reason to stop the guest.
+        let _ = log.write_all(&line);
+        let text = String::from_utf8_lossy(&line);
+        if let Some((_, json)) = text.split_once(MARK)
+            && let Ok(answer) = serde_json::from_str(json.trim())
+            && answers.send(answer).is_err()
+        {
+            return;
+        }
+        line.clear();
+    }
+}
+
+/// Threads of our own VMM carry their vCPU's name.
+fn own_vcpu_threads(process: u32) -> anyhow::Result<Vec<i32>> {
+    let mut vcpus: Vec<(usize, i32)> = threads(process)?
+        .into_iter()
+        .filter_map(|(thread, name)| match name.as_str() {
+            "ivcpu" => Some((usize::MAX, thread)),
+            name => Some((name.strip_prefix("vcpu")?.parse().ok()?, thread)),
+        })
+        .collect();
+    vcpus.sort_unstable();
+    Ok(vcpus.into_iter().map(|(_, thread)| thread).collect())
+}
+
+/// The kernel's vhost workers of a QEMU: threads of its own since Linux 6.4, kernel threads before.
+fn pin_vhost_workers(qemu: u32) -> anyhow::Result<()> {
+    let name = format!("vhost-{qemu}");
+    let mut workers: Vec<i32> =
+        threads(qemu)?.into_iter().filter(|(_, n)| *n == name).map(|(t, _)| t).collect();
+    if workers.is_empty() {
+        let processes = fs::read_dir("/proc").context("reading /proc")?.flatten();
+        let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        workers = numbers
+            .filter(|id: &i32| fs::read_to_string(format!("/proc/{id}/comm")).is_ok_and(|n| n.trim() == name))
+            .collect();
+    }
+    if workers.is_empty() {
+        bail!("QEMU has no vhost worker called {name}");
+    }
+    for worker in workers {
+        pcpu::pin(worker, &[pcpu::BACKEND]).context("pinning a vhost worker")?;
+    }
+    Ok(())
+}
+
+/// Ids and names of a process's threads.
+fn threads(process: u32) -> anyhow::Result<Vec<(i32, String)>> {
+    let folder = format!("/proc/{process}/task");
+    let entries = fs::read_dir(&folder).with_context(|| format!("reading {folder}"))?;
+    let threads = entries.flatten().filter_map(|entry| {
+        let name = fs::read_to_string(entry.path().join("comm")).ok()?;
+        Some((entry.file_name().to_str()?.parse().ok()?, name.trim().to_string()))
+    });
+    Ok(threads.collect())
+}

@@ -1,0 +1,226 @@
+//! How each VMM is told to run the same guest.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::wire::TAP;
+use crate::pcpu;
+
+/// Words on every guest's kernel command line.
+const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1";
+const MEMORY: &str = "512M";
+const MAC: &str = "52:54:00:49:56:01";
+
+/// Who runs the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Vmm {
+    /// Ours.
+    IvcpuVmm,
+    /// Stock QEMU.
+    Qemu,
+}
+
+/// The guest's network device.
+#[derive(Clone, Debug)]
+pub enum Net {
+    /// A vhost-user backend at this socket.
+    VhostUser(PathBuf),
+    /// The kernel's vhost-net on the wire's TAP; QEMU only.
+    VhostNet,
+    /// None.
+    Absent,
+}
+
+/// Where application vCPUs run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Layout {
+    /// Each on a pCPU of its own, the backend on another.
+    Pinned,
+    /// The paper's: application vCPUs float over three pCPUs (the backend is on the third), the IVCPU is alone.
+    Paper,
+}
+
+impl Layout {
+    /// The pCPUs application vCPU number `vcpu` may run on.
+    pub fn application(self, vcpu: usize) -> Vec<usize> {
+        match self {
+            Layout::Pinned => vec![pcpu::APPLICATION[vcpu % pcpu::APPLICATION.len()]],
+            Layout::Paper => pcpu::APPLICATION.into_iter().chain([pcpu::BACKEND]).collect(),
+        }
+    }
+}
+
+/// A guest to be run.
+#[derive(Clone, Debug)]
+pub struct VmConfig {
+    /// Who runs it.
+    pub vmm: Vmm,
+    /// The bzImage.
+    pub kernel: PathBuf,
+    /// The guest image.
+    pub image: PathBuf,
+    /// More words for its kernel command line.
+    pub kernel_words: String,
+    /// Application vCPUs.
+    pub application_vcpus: usize,
+    /// Where they run.
+    pub layout: Layout,
+    /// One more vCPU, the IVCPU.
+    pub ivcpu: bool,
+    /// Paravirtual end of interrupt.
+    pub pv_eoi: bool,
+    /// The network device.
+    pub net: Net,
+    /// Its queue pairs.
+    pub queue_pairs: u16,
+}
+
+impl VmConfig {
+    /// vCPUs in all.
+    pub fn vcpus(&self) -> usize {
+        self.application_vcpus + usize::from(self.ivcpu)
+    }
+
+    /// The pCPUs vCPU number `vcpu` may run on.
+    pub fn pcpus(&self, vcpu: usize) -> Vec<usize> {
+        if self.ivcpu && vcpu == self.application_vcpus {
+            vec![pcpu::IVCPU]
+        } else {
+            self.layout.application(vcpu)
+        }
+    }
+
+    /// The command line of our own VMM.
+    pub(super) fn ivcpu_vmm_words(&self, program: &Path) -> Vec<String> {
+        let lists: Vec<_> = (0..self.application_vcpus)
+            .map(|vcpu| format!("{vcpu}@[{}]", join(&self.layout.application(vcpu))))
+            .collect();
+        let pv_eoi = if self.pv_eoi { "on" } else { "off" };
+        let mut words = vec![program.display().to_string()];
+        let mut option = |name: &str, value: String| words.extend([name.to_string(), value]);
+        option("--kernel", self.kernel.display().to_string());
+        option("--initramfs", self.image.display().to_string());
+        option("--cmdline", self.command_line());
+        option("--memory", format!("size={MEMORY},shared=on"));
+        option(
+            "--cpus",
+            format!("boot={},affinity=[{}],pv_eoi={pv_eoi}", self.application_vcpus, lists.join(",")),
+        );
+        if let Net::VhostUser(socket) = &self.net {
+            let queues = 2 * self.queue_pairs;
+            let socket = socket.display();
+            option("--net", format!("vhost_user=true,socket={socket},mac={MAC},num_queues={queues}"));
+        }
+        option("--serial", "tty".into());
+        if self.ivcpu {
+            // The VMM itself adds the words that keep tasks off the IVCPU.
+            option("--ivcpu", format!("affinity=[{}]", pcpu::IVCPU));
+        }
+        words
+    }
+
+    /// QEMU's command line; the machine starts stopped, to be pinned first.
+    pub(super) fn qemu_words(&self, program: &Path, qmp: &Path) -> Vec<String> {
+        let mut words = vec![program.display().to_string()];
+        let fixed = "-nodefaults -no-user-config -display none -no-reboot -serial stdio -S -accel kvm";
+        words.extend(fixed.split(' ').map(String::from));
+        let mut option = |name: &str, value: String| words.extend([name.to_string(), value]);
+        option("-machine", "q35,memory-backend=ram".into());
+        option("-object", format!("memory-backend-memfd,id=ram,size={MEMORY},share=on"));
+        option("-m", MEMORY.into());
+        option("-smp", self.vcpus().to_string());
+        option("-cpu", format!("host,kvm-pv-eoi={}", if self.pv_eoi { "on" } else { "off" }));
+        option("-qmp", format!("unix:{},server=on,wait=off", qmp.display()));
+        option("-kernel", self.kernel.display().to_string());
+        option("-initrd", self.image.display().to_string());
+        let isolation = match self.ivcpu.then_some(self.application_vcpus) {
+            Some(n) => format!(" isolcpus=domain,{n} irqaffinity={n} ivcpu.cpu={n}"),
+            None => String::new(),
+        };
+        option("-append", self.command_line() + &isolation);
+        let queues = self.queue_pairs;
+        match &self.net {
+            Net::Absent => return words,
+            Net::VhostUser(socket) => {
+                option("-chardev", format!("socket,id=backend,path={}", socket.display()));
+                option("-netdev", format!("vhost-user,id=net,chardev=backend,queues={queues}"));
+            }
+            Net::VhostNet => option(
+                "-netdev",
+                format!("tap,id=net,ifname={TAP},script=no,downscript=no,vhost=on,queues={queues}"),
+            ),
+        }
+        let queues = if queues > 1 { format!(",mq=on,vectors={}", 2 * queues + 2) } else { String::new() };
+        option("-device", format!("virtio-net-pci,netdev=net,mac={MAC},romfile={queues}"));
+        words
+    }
+
+    fn command_line(&self) -> String {
+        format!("{KERNEL_WORDS} {}", self.kernel_words).trim_end().to_string()
+    }
+}
+
+fn join(pcpus: &[usize]) -> String {
+    pcpus.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(vmm: Vmm, net: Net) -> VmConfig {
+        VmConfig {
+            vmm,
+            kernel: "/k".into(),
+            image: "/i".into(),
+            kernel_words: String::new(),
+            application_vcpus: 2,
+            layout: Layout::Pinned,
+            ivcpu: true,
+            pv_eoi: false,
+            net,
+            queue_pairs: 2,
+        }
+    }
+
+    #[test]
+    fn own_vmm_with_an_ivcpu() {
+        let words = config(Vmm::IvcpuVmm, Net::VhostUser("/s".into())).ivcpu_vmm_words(Path::new("/vmm"));
+        let expected = [
+            "/vmm",
+            "--kernel",
+            "/k",
+            "--initramfs",
+            "/i",
+            "--cmdline",
+            "console=ttyS0 quiet panic=-1",
+            "--memory",
+            "size=512M,shared=on",
+            "--cpus",
+            "boot=2,affinity=[0@[0],1@[1]],pv_eoi=off",
+            "--net",
+            "vhost_user=true,socket=/s,mac=52:54:00:49:56:01,num_queues=4",
+            "--serial",
+            "tty",
+            "--ivcpu",
+            "affinity=[3]",
+        ];
+        assert_eq!(words, expected);
+    }
+
+    #[test]
+    fn qemu_gets_the_ivcpu_as_one_more_vcpu() {
+        let config = config(Vmm::Qemu, Net::VhostNet);
+        let words = config.qemu_words(Path::new("/q"), Path::new("/m")).join(" ");
+        for part in
+            ["-smp 3", "isolcpus=domain,2 irqaffinity=2", "kvm-pv-eoi=off", "vhost=on,queues=2", "vectors=6"]
+        {
+            assert!(words.contains(part), "{part} in {words}");
+        }
+        let pcpus: Vec<_> = (0..config.vcpus()).map(|vcpu| config.pcpus(vcpu)).collect();
+        assert_eq!(pcpus, [[0], [1], [3]]);
+    }
+}

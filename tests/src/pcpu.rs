@@ -1,0 +1,25 @@
+//! The lab's plan of physical CPUs, and pinning to it.
+
+use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+
+/// Application vCPUs run here.
+pub const APPLICATION: [usize; 2] = [0, 1];
+/// The backend (our poll threads, or the kernel's vhost worker).
+pub const BACKEND: usize = 2;
+/// The IVCPU.
+pub const IVCPU: usize = 3;
+/// The far end of the wire, the agent, and whatever else there is.
+pub const WIRE: usize = 4;
+/// How many the emulated host has.
+pub const COUNT: usize = 5;
+
+/// Pins thread `thread` (0: the calling one) to `pcpus`.
+pub fn pin(thread: i32, pcpus: &[usize]) -> Result<(), Errno> {
+    let mut set = CpuSet::new();
+    for pcpu in pcpus {
+        set.set(*pcpu)?;
+    }
+    sched_setaffinity(Pid::from_raw(thread), &set)
+}

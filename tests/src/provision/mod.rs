@@ -1,0 +1,182 @@
+//! Brings kernels, QEMU and tools from the distribution's archive into the cache folder, each once.
+
+mod archive;
+mod unpacked;
+
+use std::cell::OnceCell;
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use crate::workspace::Workspace;
+use archive::{Archive, BACKPORTS, SUITE};
+pub use unpacked::{Unpacked, listed_libraries};
+
+/// Why something the lab needs could not be provided.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The archive did not give it.
+    #[error(transparent)]
+    Archive(#[from] archive::Error),
+    /// A package does not hold the file it always held.
+    #[error("the unpacked packages have no {0}: delete target/lab and run `cargo lab provision` again")]
+    Missing(PathBuf),
+    /// The dynamic loader could not resolve a program's libraries.
+    #[error("cannot list the libraries of {0}: {1}")]
+    Loader(PathBuf, String),
+    /// A file could not be written.
+    #[error("cannot write {0}: {1}")]
+    Write(PathBuf, #[source] io::Error),
+    /// A folder could not be read.
+    #[error("cannot read {0}: {1}")]
+    Read(PathBuf, #[source] io::Error),
+}
+
+/// A distribution kernel the lab can boot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ValueEnum, Serialize, Deserialize)]
+pub enum Kernel {
+    /// Debian's 6.12, every driver.
+    #[value(name = "6.12")]
+    #[serde(rename = "6.12")]
+    V6_12,
+    /// Debian's 6.12 for cloud guests.
+    #[value(name = "6.12-cloud")]
+    #[serde(rename = "6.12-cloud")]
+    V6_12Cloud,
+    /// Debian's 6.1, every driver.
+    #[value(name = "6.1")]
+    #[serde(rename = "6.1")]
+    V6_1,
+    /// Debian's 6.1 for cloud guests.
+    #[value(name = "6.1-cloud")]
+    #[serde(rename = "6.1-cloud")]
+    V6_1Cloud,
+}
+
+impl Kernel {
+    /// The name it goes by on the command line and in file names.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kernel::V6_12 => "6.12",
+            Kernel::V6_12Cloud => "6.12-cloud",
+            Kernel::V6_1 => "6.1",
+            Kernel::V6_1Cloud => "6.1-cloud",
+        }
+    }
+
+    fn metapackage(self) -> (&'static str, &'static str) {
+        match self {
+            Kernel::V6_12 => ("linux-image-amd64", BACKPORTS),
+            Kernel::V6_12Cloud => ("linux-image-cloud-amd64", BACKPORTS),
+            Kernel::V6_1 => ("linux-image-amd64", SUITE),
+            Kernel::V6_1Cloud => ("linux-image-cloud-amd64", SUITE),
+        }
+    }
+}
+
+/// An unpacked kernel.
+#[derive(Clone, Debug)]
+pub struct KernelFiles {
+    /// The bzImage.
+    pub image: PathBuf,
+    /// `lib/modules/RELEASE`.
+    pub modules: PathBuf,
+    /// What `uname -r` says in it.
+    pub release: String,
+}
+
+/// Provides what the lab needs, fetching what the cache lacks.
+pub struct Provision {
+    workspace: Workspace,
+    archive: OnceCell<Archive>,
+}
+
+impl Provision {
+    /// Nothing is fetched until it is asked for.
+    pub fn new(workspace: &Workspace) -> Self {
+        Self { workspace: workspace.clone(), archive: OnceCell::new() }
+    }
+
+    /// The kernel `kernel`.
+    pub fn kernel(&self, kernel: Kernel) -> Result<KernelFiles, Error> {
+        let dir = self.workspace.cache().join("kernels").join(kernel.name());
+        if !dir.exists() {
+            let (metapackage, suite) = kernel.metapackage();
+            let package = self.archive()?.kernel_of(metapackage, suite)?;
+            self.make_parent(&dir)?;
+            self.archive()?.unpack(&format!("kernel {}", kernel.name()), &[&package], suite, &dir)?;
+        }
+        let unpacked = Unpacked::new(dir);
+        let modules = unpacked.find(&["lib/modules", "usr/lib/modules"])?;
+        let mut entries = fs::read_dir(&modules).map_err(|e| Error::Read(modules.clone(), e))?;
+        let release = match entries.next() {
+            Some(Ok(entry)) => entry.file_name().to_string_lossy().into_owned(),
+            _ => return Err(Error::Missing(modules)),
+        };
+        let image = unpacked.path(&format!("boot/vmlinuz-{release}"));
+        Ok(KernelFiles { image, modules: modules.join(&release), release })
+    }
+
+    /// The programs that run in hosts and guests: busybox, iperf3, sockperf, ethtool, ip.
+    pub fn tools(&self) -> Result<Unpacked, Error> {
+        let dir = self.workspace.cache().join("tools");
+        if !dir.exists() {
+            let packages = ["busybox-static", "ethtool", "iperf3", "iproute2", "sockperf"];
+            self.archive()?.unpack_closed("tools", &packages, SUITE, &dir)?;
+        }
+        let tools = Unpacked::new(dir);
+        for (name, places) in TOOLS {
+            let launcher = self.workspace.launchers().join(name);
+            tools.write_launcher(&launcher, &tools.find(places)?, "", "")?;
+        }
+        Ok(tools)
+    }
+
+    /// QEMU, as a launcher that any process can start by this path.
+    pub fn qemu(&self) -> Result<PathBuf, Error> {
+        let dir = self.workspace.cache().join("qemu");
+        if !dir.exists() {
+            self.archive()?.unpack_closed("QEMU", &["qemu-system-x86"], BACKPORTS, &dir)?;
+        }
+        let qemu = Unpacked::new(dir);
+        let launcher = self.workspace.launchers().join("qemu-system-x86_64");
+        let at = |path: &str| format!("'{}'", qemu.path(path).display());
+        let modules = format!("export QEMU_MODULE_DIR={}\n", at("usr/lib/x86_64-linux-gnu/qemu"));
+        let data = ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"];
+        let data: Vec<_> = data.iter().map(|folder| format!("-L {}", at(folder))).collect();
+        qemu.write_launcher(
+            &launcher,
+            &qemu.find(&["usr/bin/qemu-system-x86_64"])?,
+            &modules,
+            &data.join(" "),
+        )?;
+        Ok(launcher)
+    }
+
+    fn archive(&self) -> Result<&Archive, Error> {
+        if let Some(archive) = self.archive.get() {
+            return Ok(archive);
+        }
+        let archive = Archive::open(&self.workspace.cache())?;
+        Ok(self.archive.get_or_init(|| archive))
+    }
+
+    fn make_parent(&self, dir: &std::path::Path) -> Result<(), Error> {
+        let parent = dir.parent().unwrap_or(dir);
+        fs::create_dir_all(parent).map_err(|e| Error::Write(parent.into(), e))
+    }
+}
+
+/// Dynamically linked programs of the tools, and the places releases keep them in.
+pub const TOOLS: [(&str, &[&str]); 4] = [
+    ("ethtool", &["usr/sbin/ethtool", "sbin/ethtool"]),
+    ("ip", &["usr/bin/ip", "bin/ip", "usr/sbin/ip"]),
+    ("iperf3", &["usr/bin/iperf3"]),
+    ("sockperf", &["usr/bin/sockperf"]),
+];
+
+/// The one program that needs no library.
+pub const BUSYBOX: &[&str] = &["usr/bin/busybox", "bin/busybox"];

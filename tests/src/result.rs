@@ -1,0 +1,413 @@
+//! The result file of a comparison: one JSON object whose field names are fixed, so that the results of different
+//! versions can be compared. Unknown is `null`, never 0. Times are seconds, rates Mbit/s, latencies microseconds,
+//! counts integers.
+
+use std::fmt;
+
+use clap::ValueEnum;
+use ivcpu_vmm::exits::{Row, Rows};
+use serde::{Deserialize, Serialize};
+
+use crate::in_host::{Layout, Vmm};
+use crate::traffic::{Latency, Workload};
+
+/// Version of the file's layout.
+pub const SCHEMA: u32 = 1;
+
+/// One comparison.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ResultFile {
+    /// [`SCHEMA`].
+    pub schema: u32,
+    /// Product version.
+    pub version: String,
+    /// What it ran on.
+    pub host: HostFacts,
+    /// False when a case failed; its entry then has `error`.
+    pub complete: bool,
+    /// One entry a case, in the order they ran.
+    pub cases: Vec<CaseResult>,
+    /// Side-by-side figures of one run.
+    pub ratios: Vec<Ratio>,
+}
+
+/// The virtualization host of a comparison.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct HostFacts {
+    /// Physical CPUs of the host, emulated ones in the lab.
+    pub cpus: usize,
+    /// True in the lab's emulated host: times then compare only within one run.
+    pub emulated: bool,
+    /// The host's kernel release.
+    pub kernel: String,
+    /// The QEMU that emulates the host or serves as base.
+    pub qemu: Option<String>,
+}
+
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $word:literal),+ $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+        pub enum $name { $($(#[$vdoc])* #[serde(rename = $word)] $variant),+ }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.pad(match self { $(Self::$variant => $word),+ })
+            }
+        }
+    };
+}
+
+words! {
+    /// How frames reach the wire.
+    Path {
+        /// A virtio NIC served by software.
+        Software = "software",
+    }
+}
+words! {
+    /// Who serves the virtio NIC.
+    Backend {
+        /// `ivcpu-backend` over vhost-user.
+        Ivcpu = "ivcpu",
+        /// The kernel's vhost-net.
+        VhostNet = "vhost-net",
+    }
+}
+words! {
+    /// How completions reach the guest.
+    Mode {
+        /// Interrupts wherever the guest put them.
+        Stock = "stock",
+        /// Every device interrupt on the IVCPU.
+        Irq = "irq",
+    }
+}
+words! {
+    /// What a physical CPU is for in a case.
+    Role {
+        /// Runs application vCPUs.
+        App = "app",
+        /// Runs the IVCPU.
+        Ivcpu = "ivcpu",
+        /// Runs the backend's poll threads.
+        Backend = "backend",
+        /// Runs the far end of the cable.
+        Wire = "wire",
+        /// Everything else.
+        Other = "other",
+    }
+}
+
+/// What a case compares; two cases of one file never share a key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CaseKey {
+    /// Who runs the virtual machine.
+    pub vmm: Vmm,
+    /// How frames reach the wire.
+    pub path: Path,
+    /// Who serves the NIC.
+    pub backend: Backend,
+    /// How completions reach the guest.
+    pub mode: Mode,
+    /// The traffic.
+    pub workload: Workload,
+    /// Where the virtual CPUs may run.
+    pub layout: Layout,
+    /// Whether the guest may skip EOI exits (`KVM_FEATURE_PV_EOI`).
+    pub pv_eoi: bool,
+    /// Queue pairs of the NIC.
+    pub queue_pairs: u16,
+    /// The backend's `--poll-us`: microseconds or `always`; null where the backend has no such choice.
+    pub poll_us: Option<String>,
+}
+
+impl fmt::Display for CaseKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { path, backend, mode, pv_eoi, queue_pairs, poll_us, .. } = self;
+        let (vmm, workload, layout) = (word(self.vmm), word(self.workload), word(self.layout));
+        write!(f, "{vmm}/{path}/{backend}/{mode}/{workload}/{layout}")?;
+        write!(f, "/pv_eoi={}/queue_pairs={queue_pairs}", if *pv_eoi { "on" } else { "off" })?;
+        match poll_us {
+            Some(us) => write!(f, "/poll_us={us}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The word that stands for a value on the command line and in the file.
+fn word(value: impl ValueEnum) -> String {
+    value.to_possible_value().map_or_else(String::new, |word| word.get_name().to_owned())
+}
+
+/// One case: what it compares and what was measured. Every figure is null when the case failed or cannot know it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CaseResult {
+    /// What the case compares.
+    #[serde(flatten)]
+    pub key: CaseKey,
+    /// What was measured.
+    #[serde(flatten)]
+    pub figures: Figures,
+    /// Why the case failed.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub error: Option<String>,
+}
+
+/// Device interrupts of the NIC as the guest counts them (`/proc/interrupts`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestIrqs {
+    /// Taken by the IVCPU; null where there is none.
+    pub ivcpu: Option<u64>,
+    /// Taken by application vCPUs.
+    pub other: u64,
+}
+
+/// FIFO counters; all null in modes without one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fifo {
+    /// Entries delivered.
+    pub entries: Option<u64>,
+    /// Interrupts sent to wake a sleeping IVCPU.
+    pub wakeups: Option<u64>,
+    /// Interrupts sent because an entry was too old.
+    pub fallbacks: Option<u64>,
+}
+
+/// One physical CPU over the case's windows.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Pcpu {
+    /// Its number on the host.
+    pub pcpu: u32,
+    /// What it was for.
+    pub role: Role,
+    /// Exits while traffic flowed, summed over the repeats.
+    pub exits: Rows,
+    /// Exits over equally long windows with the same spinning threads and no traffic.
+    pub control: Rows,
+    /// Largest less smallest control window, a row, scaled to the summed windows.
+    pub control_spread: Rows,
+    /// CPU time this pCPU used over the windows with traffic: busy time natively, the time of the emulator's thread
+    /// in the lab.
+    pub cpu_seconds: Option<f64>,
+}
+
+/// The bystander: a fixed integer loop on every application vCPU.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Bystander {
+    /// Iterations per CPU second of the application pCPUs with traffic, over the same without.
+    pub share: f64,
+}
+
+/// What a case measured.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Figures {
+    /// Length of all measured windows together.
+    pub seconds: Option<f64>,
+    /// TCP payload of a stream.
+    pub mbps: Option<f64>,
+    /// Round trips of a ping-pong.
+    pub latency_us: Option<Latency>,
+    /// Round trips completed in the windows.
+    pub transactions: Option<u64>,
+    /// virtio frames in both directions; a frame may hold many TCP segments.
+    pub packets: Option<u64>,
+    /// TCP payload bytes moved in the windows.
+    pub bytes: Option<u64>,
+    /// Payload bytes that the receiving end compared with what was sent, over the whole stream (its start and end lie
+    /// outside the windows), all of them right.
+    pub bytes_verified: Option<u64>,
+    /// Notifications that virtio's suppression rule asked for.
+    pub completions: Option<u64>,
+    /// Kicks that reached the backend.
+    pub kicks: Option<u64>,
+    /// FIFO counters.
+    pub fifo: Fifo,
+    /// Who took the NIC's interrupts, as the guest counts.
+    pub guest_irqs: Option<GuestIrqs>,
+    /// Share of the device interrupts that the IVCPU's local APIC accepted, as the host counts.
+    pub accepted_by_ivcpu: Option<f64>,
+    /// One entry a physical CPU of the host.
+    pub pcpus: Vec<Pcpu>,
+    /// Sum of all rows.
+    pub exits_total: Option<u64>,
+    /// KVM's own counter over the same windows.
+    pub kvm_exits: Option<u64>,
+    /// The application that has nothing to do with the network.
+    pub bystander: Option<Bystander>,
+    /// CPU seconds of the application pCPUs (without the bystander's part), the IVCPU and the backend for 10^9 bytes.
+    pub cpu_seconds_per_gb: Option<f64>,
+    /// The same for 1,000 round trips.
+    pub cpu_seconds_per_1k_transactions: Option<f64>,
+    /// Measured windows.
+    pub repeats: Option<u32>,
+    /// (largest - smallest) / median of throughput or median latency over the repeats.
+    pub spread: Option<f64>,
+}
+
+/// One figure of one case over the same figure of another, measured in alternation in one run.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Ratio {
+    /// The figure, in words.
+    pub what: String,
+    /// Key of the case above the line.
+    pub of: String,
+    /// Key of the case below the line.
+    pub to: String,
+    /// Median over the pairs.
+    pub median: f64,
+    /// Smallest.
+    pub min: f64,
+    /// Largest.
+    pub max: f64,
+}
+
+/// Why a share of exits is or is not claimed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Share {
+    /// The IVCPU's part of the net exits, from 0 to 1 (beyond where a net figure is negative).
+    Claimed(f64),
+    /// Net is under ten times the control's spread: too close to the noise to say.
+    TooNoisy {
+        /// Net exits over all pCPUs.
+        net: i64,
+        /// Spread of the control.
+        spread: u64,
+    },
+}
+
+impl Figures {
+    /// Exits of one row on one pCPU: raw less control, never clamped.
+    fn net(pcpu: &Pcpu, row: Row) -> i64 {
+        pcpu.exits.count(row) as i64 - pcpu.control.count(row) as i64
+    }
+
+    /// Net exits of one row over all pCPUs of a role, or of all roles.
+    pub fn net_of(&self, row: Row, role: Option<Role>) -> i64 {
+        self.pcpus.iter().filter(|p| role.is_none_or(|r| r == p.role)).map(|p| Self::net(p, row)).sum()
+    }
+
+    /// The part of a row's net exits that the IVCPU's pCPU took. Claimed only where the net is at least ten times the
+    /// control's spread, summed over the pCPUs.
+    pub fn ivcpu_share(&self, row: Row) -> Share {
+        let net = self.net_of(row, None);
+        let spread: u64 = self.pcpus.iter().map(|p| p.control_spread.count(row)).sum();
+        if net <= 0 || (net as u64) < spread.saturating_mul(10) {
+            return Share::TooNoisy { net, spread };
+        }
+        Share::Claimed(self.net_of(row, Some(Role::Ivcpu)) as f64 / net as f64)
+    }
+}
+
+/// Median of a non-empty list; the mean of the middle two when their number is even.
+pub fn median(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    let upper = sorted.get(middle)?;
+    Some(if sorted.len() % 2 == 1 { *upper } else { (sorted[middle - 1] + upper) / 2.0 })
+}
+
+/// (largest - smallest) / median, the spread of repeats.
+pub fn spread(values: &[f64]) -> Option<f64> {
+    let mid = median(values).filter(|m| *m != 0.0)?;
+    let (low, high) =
+        values.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(*v), h.max(*v)));
+    Some((high - low) / mid)
+}
+
+impl Ratio {
+    /// Pairs the i-th measurement of one case with the i-th of the other, as they alternated.
+    pub fn of_pairs(what: &str, of: (&CaseKey, &[f64]), to: (&CaseKey, &[f64])) -> Option<Self> {
+        let pairs: Vec<f64> = of.1.iter().zip(to.1).filter(|(_, b)| **b != 0.0).map(|(a, b)| a / b).collect();
+        Some(Self {
+            what: what.to_owned(),
+            of: of.0.to_string(),
+            to: to.0.to_string(),
+            median: median(&pairs)?,
+            min: pairs.iter().copied().fold(f64::INFINITY, f64::min),
+            max: pairs.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pcpu(pcpu: u32, role: Role, exits: u64, control: u64, spread: u64) -> Pcpu {
+        let rows = |n| {
+            let mut rows = Rows::default();
+            rows.add(Row::ExternalIntr, n);
+            rows
+        };
+        let (exits, control, control_spread) = (rows(exits), rows(control), rows(spread));
+        Pcpu { pcpu, role, exits, control, control_spread, cpu_seconds: None }
+    }
+
+    fn key() -> CaseKey {
+        CaseKey {
+            vmm: Vmm::IvcpuVmm,
+            path: Path::Software,
+            backend: Backend::Ivcpu,
+            mode: Mode::Irq,
+            workload: Workload::TcpOut,
+            layout: Layout::Pinned,
+            pv_eoi: false,
+            queue_pairs: 1,
+            poll_us: Some("always".into()),
+        }
+    }
+
+    #[test]
+    fn share_is_the_ivcpus_part_of_net_exits() {
+        let pcpus = vec![pcpu(0, Role::App, 510, 500, 5), pcpu(3, Role::Ivcpu, 990, 0, 5)];
+        let figures = Figures { pcpus, ..Default::default() };
+        assert_eq!(figures.ivcpu_share(Row::ExternalIntr), Share::Claimed(0.99));
+    }
+
+    #[test]
+    fn share_is_not_claimed_inside_the_noise() {
+        let pcpus = vec![pcpu(0, Role::App, 510, 500, 60), pcpu(3, Role::Ivcpu, 590, 0, 5)];
+        let figures = Figures { pcpus, ..Default::default() };
+        assert_eq!(figures.ivcpu_share(Row::ExternalIntr), Share::TooNoisy { net: 600, spread: 65 });
+    }
+
+    #[test]
+    fn negative_net_is_not_clamped() {
+        let pcpus = vec![pcpu(0, Role::App, 490, 500, 0), pcpu(3, Role::Ivcpu, 1000, 0, 0)];
+        let figures = Figures { pcpus, ..Default::default() };
+        assert_eq!(figures.net_of(Row::ExternalIntr, Some(Role::App)), -10);
+        assert_eq!(figures.ivcpu_share(Row::ExternalIntr), Share::Claimed(1000.0 / 990.0));
+    }
+
+    #[test]
+    fn unknown_figures_are_null_in_the_file() {
+        let case = CaseResult {
+            key: key(),
+            figures: Figures::default(),
+            error: Some("guest never answered".into()),
+        };
+        let json = serde_json::to_value(&case).unwrap();
+        assert_eq!(json["mbps"], serde_json::Value::Null);
+        assert_eq!(json["fifo"]["entries"], serde_json::Value::Null);
+        assert_eq!(json["error"], "guest never answered");
+        assert_eq!(json["workload"], "tcp-out");
+    }
+
+    #[test]
+    fn ratio_pairs_the_alternations() {
+        let ratio =
+            Ratio::of_pairs("throughput", (&key(), &[2.0, 3.0, 5.0]), (&key(), &[1.0, 2.0, 2.0])).unwrap();
+        assert_eq!((ratio.median, ratio.min, ratio.max), (2.0, 1.5, 2.5));
+        assert!(Ratio::of_pairs("throughput", (&key(), &[]), (&key(), &[])).is_none());
+    }
+
+    #[test]
+    fn spread_is_relative_to_the_median() {
+        assert_eq!(spread(&[90.0, 100.0, 110.0]), Some(0.2));
+        assert_eq!(median(&[1.0, 2.0, 3.0, 4.0]), Some(2.5));
+        assert_eq!(spread(&[]), None);
+    }
+}

@@ -1,0 +1,496 @@
+//! The lab's own traffic: TCP streams whose every byte the receiver checks, and TCP ping-pongs that are timed.
+//!
+//! The wire's end listens, the guest's end connects; both run until told to stop, so that a measured window is cut
+//! from the middle of steady traffic. A stream's content depends on the position: it is made of blocks, each a block
+//! number and then a slice of a fixed pattern that starts elsewhere in every block, so that bytes that are lost,
+//! doubled or swapped show, at the price of one comparison in memory.
+
+use std::io::{self, IoSlice, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use clap::ValueEnum;
+use hdrhistogram::Histogram;
+use serde::{Deserialize, Serialize};
+
+/// The port the wire's end listens on.
+pub const PORT: u16 = 7077;
+
+const BLOCK: usize = 64 * 1024;
+const NUMBER: usize = size_of::<u64>();
+/// Length of the pattern before it repeats: a prime, so that no power of two is a period of the content.
+const PERIOD: usize = 65_521;
+/// How often a blocked read or write looks whether it is time to stop.
+const LOOK_UP: Duration = Duration::from_millis(200);
+const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
+/// Longest round trip the histogram can hold; longer ones count as this.
+const LONGEST: u64 = 60_000_000_000;
+
+/// What flows, and which way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Workload {
+    /// A stream from the guest to the wire.
+    TcpOut,
+    /// A stream from the wire to the guest.
+    TcpIn,
+    /// Request and response, one at a time, the guest asking.
+    TcpRr,
+}
+
+/// One kind of traffic.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Traffic {
+    /// What flows.
+    pub workload: Workload,
+    /// Parallel connections.
+    pub connections: u16,
+    /// Bytes of a ping-pong message.
+    pub message: usize,
+}
+
+impl Traffic {
+    /// One connection, 64-byte messages.
+    pub fn new(workload: Workload) -> Self {
+        Self { workload, connections: 1, message: 64 }
+    }
+}
+
+/// What one end has done so far.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Counts {
+    /// Connections opened.
+    pub connections: u64,
+    /// Payload bytes given to the socket.
+    pub bytes_sent: u64,
+    /// Payload bytes received and found right.
+    pub bytes_verified: u64,
+    /// Round trips.
+    pub transactions: u64,
+    /// Round-trip times since the last reset; only at the asking end.
+    pub latency_us: Option<Latency>,
+    /// The first thing that went wrong.
+    pub failure: Option<String>,
+}
+
+/// Percentiles of round-trip times in microseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Latency {
+    /// Median.
+    pub p50: f64,
+    /// 99th percentile.
+    pub p99: f64,
+    /// 99.9th percentile.
+    #[serde(rename = "p99.9")]
+    pub p999: f64,
+}
+
+/// One end of the traffic. Dropping it stops it.
+pub struct End {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    traffic: Traffic,
+    content: Content,
+    stop: AtomicBool,
+    connections: AtomicU64,
+    bytes_sent: AtomicU64,
+    bytes_verified: AtomicU64,
+    transactions: AtomicU64,
+    round_trips: Mutex<Histogram<u64>>,
+    failure: Mutex<Option<String>>,
+    streams: Mutex<Vec<TcpStream>>,
+}
+
+impl End {
+    /// The wire's end: listens on `address` and serves as many connections as the traffic has.
+    pub fn listen(traffic: Traffic, address: SocketAddr) -> io::Result<Self> {
+        let listener = TcpListener::bind(address)?;
+        listener.set_nonblocking(true)?;
+        let shared = Shared::new(traffic)?;
+        let threads = (0..traffic.connections)
+            .map(|_| {
+                let (shared, listener) = (shared.clone(), listener.try_clone()?);
+                Ok(thread::spawn(move || {
+                    if let Some(stream) = shared.accept(&listener) {
+                        shared.serve(stream, false);
+                    }
+                }))
+            })
+            .collect::<io::Result<_>>()?;
+        Ok(Self { shared, threads })
+    }
+
+    /// The guest's end: connects to the wire's.
+    pub fn connect(traffic: Traffic, address: SocketAddr) -> io::Result<Self> {
+        let shared = Shared::new(traffic)?;
+        let streams: Vec<_> = (0..traffic.connections)
+            .map(|_| TcpStream::connect_timeout(&address, CONNECT_DEADLINE))
+            .collect::<io::Result<_>>()?;
+        let serve = |stream| {
+            let shared = shared.clone();
+            thread::spawn(move || shared.serve(stream, true))
+        };
+        let threads = streams.into_iter().map(serve).collect();
+        Ok(Self { shared, threads })
+    }
+
+    /// What it has done so far.
+    pub fn counts(&self) -> Counts {
+        let shared = &self.shared;
+        let round_trips = held(&shared.round_trips);
+        let at = |percentile| round_trips.value_at_percentile(percentile) as f64 / 1e3;
+        Counts {
+            connections: shared.connections.load(Ordering::Relaxed),
+            bytes_sent: shared.bytes_sent.load(Ordering::Relaxed),
+            bytes_verified: shared.bytes_verified.load(Ordering::Relaxed),
+            transactions: shared.transactions.load(Ordering::Relaxed),
+            latency_us: (!round_trips.is_empty()).then(|| Latency {
+                p50: at(50.0),
+                p99: at(99.0),
+                p999: at(99.9),
+            }),
+            failure: held(&shared.failure).clone(),
+        }
+    }
+
+    /// Forgets the round-trip times so far: a measured window begins.
+    pub fn reset_latency(&self) {
+        held(&self.shared.round_trips).reset();
+    }
+
+    /// Stops it and gives its last counts.
+    pub fn stop(mut self) -> Counts {
+        self.shut_down();
+        self.counts()
+    }
+
+    fn shut_down(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        for stream in held(&self.shared.streams).iter() {
+            // Already closed by the other end is as good.
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                self.shared.fail("a traffic thread died".into());
+            }
+        }
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.shut_down();
+    }
+}
+
+impl Shared {
+    fn new(traffic: Traffic) -> io::Result<Arc<Self>> {
+        let round_trips = Histogram::new_with_bounds(1, LONGEST, 3).map_err(io::Error::other)?;
+        Ok(Arc::new(Self {
+            traffic,
+            content: Content::new(),
+            stop: AtomicBool::new(false),
+            connections: AtomicU64::new(0),
+            bytes_sent: AtomicU64::new(0),
+            bytes_verified: AtomicU64::new(0),
+            transactions: AtomicU64::new(0),
+            round_trips: Mutex::new(round_trips),
+            failure: Mutex::new(None),
+            streams: Mutex::new(Vec::new()),
+        }))
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    fn fail(&self, why: String) {
+        held(&self.failure).get_or_insert(why);
+    }
+
+    fn accept(&self, listener: &TcpListener) -> Option<TcpStream> {
+        while !self.stopped() {
+            match listener.accept() {
+                Ok((stream, _)) => return Some(stream),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => thread::sleep(LOOK_UP / 10),
+                Err(e) => {
+                    self.fail(format!("accepting a connection: {e}"));
+                    return None;
+                }
+            }
+        }
+        None
+    }
+
+    fn serve(&self, stream: TcpStream, guest: bool) {
+        let outcome = self.prepare(&stream).and_then(|()| match (self.traffic.workload, guest) {
+            (Workload::TcpOut, true) | (Workload::TcpIn, false) => self.send(&stream),
+            (Workload::TcpOut, false) | (Workload::TcpIn, true) => self.receive(&stream),
+            (Workload::TcpRr, true) => self.ask(&stream),
+            (Workload::TcpRr, false) => self.answer(&stream),
+        });
+        match outcome {
+            Err(e) if !self.stopped() && !is_closed(&e) => self.fail(format!("moving traffic: {e}")),
+            _ => {}
+        }
+    }
+
+    fn prepare(&self, stream: &TcpStream) -> io::Result<()> {
+        stream.set_nonblocking(false)?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(LOOK_UP))?;
+        stream.set_write_timeout(Some(LOOK_UP))?;
+        held(&self.streams).push(stream.try_clone()?);
+        self.connections.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn send(&self, stream: &TcpStream) -> io::Result<()> {
+        let mut position = 0;
+        while !self.stopped() {
+            let (number, body) = self.content.rest_of_block(position);
+            let slices = [IoSlice::new(&number), IoSlice::new(body)];
+            let skip = position as usize % BLOCK;
+            let length = if skip < NUMBER {
+                let first = IoSlice::new(&number[skip..]);
+                patient(self, || (&mut &*stream).write_vectored(&[first, slices[1]]))?
+            } else {
+                patient(self, || (&mut &*stream).write(body))?
+            };
+            position += length as u64;
+            self.bytes_sent.fetch_add(length as u64, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn receive(&self, stream: &TcpStream) -> io::Result<()> {
+        let mut buffer = vec![0; BLOCK];
+        let mut position = 0;
+        loop {
+            let length = patient(self, || (&mut &*stream).read(&mut buffer))?;
+            if length == 0 {
+                return Ok(());
+            }
+            self.content.verify(position, &buffer[..length])?;
+            position += length as u64;
+            self.bytes_verified.fetch_add(length as u64, Ordering::Relaxed);
+        }
+    }
+
+    fn ask(&self, stream: &TcpStream) -> io::Result<()> {
+        let mut message = vec![0; self.traffic.message];
+        let mut position = 0;
+        while !self.stopped() {
+            self.content.fill(position, &mut message);
+            let start = Instant::now();
+            self.write_message(stream, &message)?;
+            if !self.read_message(stream, &mut message)? {
+                return Ok(());
+            }
+            let nanoseconds = u64::try_from(start.elapsed().as_nanos()).unwrap_or(LONGEST);
+            held(&self.round_trips).saturating_record(nanoseconds);
+            self.content.verify(position, &message)?;
+            position += message.len() as u64;
+            self.bytes_verified.fetch_add(message.len() as u64, Ordering::Relaxed);
+            self.transactions.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn answer(&self, stream: &TcpStream) -> io::Result<()> {
+        let mut message = vec![0; self.traffic.message];
+        let mut position = 0;
+        while self.read_message(stream, &mut message)? {
+            self.content.verify(position, &message)?;
+            self.write_message(stream, &message)?;
+            position += message.len() as u64;
+            self.bytes_verified.fetch_add(message.len() as u64, Ordering::Relaxed);
+            self.transactions.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn write_message(&self, stream: &TcpStream, mut message: &[u8]) -> io::Result<()> {
+        while !message.is_empty() {
+            let length = patient(self, || (&mut &*stream).write(message))?;
+            message = &message[length..];
+            self.bytes_sent.fetch_add(length as u64, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Reads a whole message; false at the end of the stream.
+    fn read_message(&self, stream: &TcpStream, message: &mut [u8]) -> io::Result<bool> {
+        let mut filled = 0;
+        while filled < message.len() {
+            match patient(self, || (&mut &*stream).read(&mut message[filled..]))? {
+                0 => return Ok(false),
+                length => filled += length,
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// Repeats a socket call that timed out, until it is time to stop: a backend that is started anew pauses the
+/// traffic for longer than any timeout that would still notice the stop in time.
+fn patient(shared: &Shared, mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match call() {
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                if shared.stopped() {
+                    return Err(io::ErrorKind::ConnectionAborted.into());
+                }
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+/// The other end was told to stop first.
+fn is_closed(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected};
+    matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected)
+}
+
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing here leaves half a change behind.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The content of a stream, by position.
+struct Content {
+    pattern: Vec<u8>,
+}
+
+impl Content {
+    fn new() -> Self {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut pattern: Vec<u8> = (0..PERIOD)
+            .map(|_| {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                (state >> 32) as u8
+            })
+            .collect();
+        pattern.extend_from_within(..);
+        pattern.extend_from_within(..BLOCK.saturating_sub(PERIOD));
+        Self { pattern }
+    }
+
+    /// The number of the block `position` lies in, and the block's body from `position` on.
+    fn rest_of_block(&self, position: u64) -> ([u8; NUMBER], &[u8]) {
+        let number = position / BLOCK as u64;
+        let skip = (position % BLOCK as u64) as usize;
+        // Another start in every block, and never the one a shift by whole blocks would give.
+        let start = (number.wrapping_mul(4099) % PERIOD as u64) as usize;
+        (number.to_le_bytes(), &self.pattern[start..start + BLOCK - NUMBER][skip.saturating_sub(NUMBER)..])
+    }
+
+    fn fill(&self, mut position: u64, mut buffer: &mut [u8]) {
+        while !buffer.is_empty() {
+            let (number, body) = self.rest_of_block(position);
+            let skip = ((position % BLOCK as u64) as usize).min(NUMBER);
+            let head = &number[skip..];
+            let source = if head.is_empty() { body } else { head };
+            let length = source.len().min(buffer.len());
+            buffer[..length].copy_from_slice(&source[..length]);
+            buffer = &mut buffer[length..];
+            position += length as u64;
+        }
+    }
+
+    fn verify(&self, mut position: u64, mut received: &[u8]) -> io::Result<()> {
+        while !received.is_empty() {
+            let (number, body) = self.rest_of_block(position);
+            let skip = ((position % BLOCK as u64) as usize).min(NUMBER);
+            let head = &number[skip..];
+            let expected = if head.is_empty() { body } else { head };
+            let length = expected.len().min(received.len());
+            if received[..length] != expected[..length] {
+                let wrong = received.iter().zip(expected).position(|(a, b)| a != b).unwrap_or(0) as u64;
+                let text = format!("the byte at position {} of a stream is wrong", position + wrong);
+                return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+            }
+            received = &received[length..];
+            position += length as u64;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(workload: Workload) -> (Counts, Counts) {
+        let traffic = Traffic { connections: 2, ..Traffic::new(workload) };
+        // The system picks a port by binding once; nothing else here listens on loopback's high ports.
+        let probe = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = probe.local_addr().expect("its address");
+        drop(probe);
+        let wire = End::listen(traffic, address).expect("listening");
+        let guest = End::connect(traffic, address).expect("connecting");
+        thread::sleep(Duration::from_millis(300));
+        let guest = guest.stop();
+        (guest, wire.stop())
+    }
+
+    #[test]
+    fn streams_arrive_as_sent() {
+        for workload in [Workload::TcpOut, Workload::TcpIn] {
+            let (guest, wire) = run(workload);
+            let (sender, receiver) = if workload == Workload::TcpOut { (guest, wire) } else { (wire, guest) };
+            assert_eq!((sender.failure, receiver.failure), (None, None));
+            assert!(receiver.bytes_verified > 10 * BLOCK as u64, "{workload:?}: {}", receiver.bytes_verified);
+            assert!(receiver.bytes_verified <= sender.bytes_sent);
+            assert_eq!((sender.connections, receiver.connections), (2, 2));
+        }
+    }
+
+    #[test]
+    fn round_trips_are_timed_at_the_asking_end() {
+        let (guest, wire) = run(Workload::TcpRr);
+        assert_eq!((guest.failure, wire.failure), (None, None));
+        assert!(guest.transactions > 100, "{}", guest.transactions);
+        let latency = guest.latency_us.expect("round trips were timed");
+        assert!(0.0 < latency.p50 && latency.p50 <= latency.p99 && latency.p99 <= latency.p999);
+        assert_eq!(wire.latency_us, None);
+    }
+
+    #[test]
+    fn verify_accepts_what_fill_makes_wherever_it_is_cut() {
+        let content = Content::new();
+        let mut whole = vec![0; 3 * BLOCK + 17];
+        content.fill(0, &mut whole);
+        for step in [1, 7, 8, 9, 1000, BLOCK - 1, BLOCK, BLOCK + 1] {
+            for (index, piece) in whole.chunks(step).enumerate().step_by(1 + 5000 / step) {
+                content.verify((index * step) as u64, piece).expect("the same content");
+            }
+        }
+    }
+
+    #[test]
+    fn verify_refuses_flipped_lost_and_doubled_bytes() {
+        let content = Content::new();
+        let mut block = vec![0; BLOCK];
+        content.fill(5 * BLOCK as u64, &mut block);
+        for position in [0, 7, 8, BLOCK / 2, BLOCK - 1] {
+            let mut flipped = block.clone();
+            flipped[position] ^= 1;
+            let error = content.verify(5 * BLOCK as u64, &flipped).expect_err("a flipped byte shows");
+            assert!(error.to_string().contains(&(5 * BLOCK + position).to_string()), "{error}");
+        }
+        for shift in [1, 64, 1448, PERIOD, BLOCK, BLOCK * 16] {
+            assert!(content.verify((5 * BLOCK + shift) as u64, &block).is_err(), "shifted by {shift}");
+        }
+    }
+}
