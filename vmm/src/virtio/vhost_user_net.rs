@@ -241,7 +241,8 @@ impl Net {
 
     fn resume(&mut self) -> Result<(), Error> {
         let session = Session::connect(&self.options.socket, u64::from(2 * self.options.pairs))?;
-        let needed = self.running.as_ref().map_or(0, |running| running.features) & backend_mask();
+        // Without a driver all that the next one will be offered is needed.
+        let needed = self.running.as_ref().map_or(self.offered, |running| running.features) & backend_mask();
         let missing = needed & !session.offered();
         if missing != 0 {
             return Err(Error::Changed { path: self.options.socket.clone(), missing });
