@@ -24,7 +24,6 @@ struct Shared {
 #[derive(Debug)]
 pub struct Deadline {
     shared: Arc<Shared>,
-    within: Duration,
 }
 
 /// As long as this lives, the deadline runs.
@@ -32,17 +31,17 @@ pub struct Deadline {
 pub struct Guard<'a>(&'a Deadline);
 
 impl Deadline {
-    /// Watches `stream`; calls on it may take `within`.
-    pub fn new(stream: UnixStream, within: Duration) -> io::Result<Self> {
+    /// Watches `stream`.
+    pub fn new(stream: UnixStream) -> io::Result<Self> {
         let shared = Arc::<Shared>::default();
         let seen = Arc::clone(&shared);
         thread::Builder::new().name("vhost-deadline".into()).spawn(move || watch(&seen, &stream))?;
-        Ok(Self { shared, within })
+        Ok(Self { shared })
     }
 
-    /// Starts the clock.
-    pub fn start(&self) -> Guard<'_> {
-        self.set(Some(Instant::now() + self.within), false);
+    /// Starts the clock: calls on the connection may take `within` from now on.
+    pub fn start(&self, within: Duration) -> Guard<'_> {
+        self.set(Some(Instant::now() + within), false);
         Guard(self)
     }
 
@@ -92,8 +91,8 @@ mod tests {
     #[test]
     fn a_silent_peer_ends_the_call() {
         let (mut ours, _peer) = UnixStream::pair().unwrap();
-        let deadline = Deadline::new(ours.try_clone().unwrap(), Duration::from_millis(20)).unwrap();
-        let guard = deadline.start();
+        let deadline = Deadline::new(ours.try_clone().unwrap()).unwrap();
+        let guard = deadline.start(Duration::from_millis(20));
         assert_eq!(ours.read(&mut [0; 8]).unwrap(), 0);
         drop(guard);
     }
@@ -101,9 +100,9 @@ mod tests {
     #[test]
     fn calls_in_time_leave_the_connection_alone() {
         let (mut ours, mut peer) = UnixStream::pair().unwrap();
-        let deadline = Deadline::new(ours.try_clone().unwrap(), Duration::from_millis(200)).unwrap();
+        let deadline = Deadline::new(ours.try_clone().unwrap()).unwrap();
         for _ in 0..3 {
-            drop(deadline.start());
+            drop(deadline.start(Duration::from_millis(200)));
         }
         thread::sleep(Duration::from_millis(250));
         io::Write::write_all(&mut peer, &[1]).unwrap();

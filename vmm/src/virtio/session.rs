@@ -23,6 +23,8 @@ use crate::memory::GuestMemory;
 
 /// How long the backend may take to answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(3);
+/// The same for the memory table: DPDK touches all of guest memory before it answers.
+const MEMORY_WITHIN: Duration = Duration::from_secs(60);
 /// Where the used index is in the used ring.
 const USED_INDEX: u64 = 2;
 
@@ -114,7 +116,7 @@ impl Session {
     pub fn connect(path: &Path, vrings: u64) -> Result<Self, Error> {
         let stream =
             UnixStream::connect(path).map_err(|source| Error::Connect { path: path.into(), source })?;
-        let deadline = Deadline::new(stream.try_clone()?, ANSWER_WITHIN)?;
+        let deadline = Deadline::new(stream.try_clone()?)?;
         let frontend = Frontend::from_stream(stream.try_clone()?, vrings);
         let mut session =
             Self { frontend, stream, deadline, path: path.into(), offered: 0, started: Vec::new() };
@@ -123,7 +125,7 @@ impl Session {
     }
 
     fn negotiate(&mut self, vrings: u64) -> Result<(), Error> {
-        let _guard = self.deadline.start();
+        let _guard = self.deadline.start(ANSWER_WITHIN);
         let failed = |step| message_error(&self.path, step);
         self.frontend.set_owner().map_err(failed("SET_OWNER"))?;
         self.offered = self.frontend.get_features().map_err(failed("GET_FEATURES"))?;
@@ -171,7 +173,7 @@ impl Session {
         base: Base,
         enabled: impl Fn(u16) -> bool,
     ) -> Result<(), Error> {
-        let _guard = self.deadline.start();
+        let guard = self.deadline.start(ANSWER_WITHIN);
         let failed = |step| message_error(&self.path, step);
         let features = (features & self.offered) | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         self.frontend.set_features(features).map_err(failed("SET_FEATURES"))?;
@@ -180,7 +182,11 @@ impl Session {
             .map(VhostUserMemoryRegionInfo::from_guest_region)
             .collect::<Result<_, _>>()
             .map_err(failed("the memory table"))?;
+        drop(guard);
+        let guard = self.deadline.start(MEMORY_WITHIN);
         self.frontend.set_mem_table(&regions).map_err(failed("SET_MEM_TABLE"))?;
+        drop(guard);
+        let _guard = self.deadline.start(ANSWER_WITHIN);
         for ring in rings {
             let index = usize::from(ring.index);
             self.frontend.set_vring_num(index, ring.size).map_err(failed("SET_VRING_NUM"))?;
@@ -209,7 +215,7 @@ impl Session {
 
     /// Lets a ring carry packets, or not.
     pub fn set_enabled(&mut self, ring: u16, on: bool) -> Result<(), Error> {
-        let _guard = self.deadline.start();
+        let _guard = self.deadline.start(ANSWER_WITHIN);
         self.frontend
             .set_vring_enable(usize::from(ring), on)
             .map_err(message_error(&self.path, "SET_VRING_ENABLE"))
@@ -217,7 +223,7 @@ impl Session {
 
     /// Takes all rings back; the backend does not touch them when this returns.
     pub fn stop(&mut self) -> Result<(), Error> {
-        let _guard = self.deadline.start();
+        let _guard = self.deadline.start(ANSWER_WITHIN);
         for index in self.started.drain(..) {
             self.frontend.get_vring_base(index).map_err(message_error(&self.path, "GET_VRING_BASE"))?;
         }
