@@ -14,4 +14,5 @@ pub mod provision;
 pub mod qmp;
 pub mod shell;
 pub mod traffic;
+pub mod trial;
 pub mod workspace;
