@@ -63,7 +63,7 @@ impl Wire {
         thread::spawn(move || {
             let listen = || -> io::Result<End> {
                 setns(File::open(format!("/run/netns/{NAMESPACE}"))?, CloneFlags::CLONE_NEWNET)?;
-                pcpu::pin(0, &[pcpu::WIRE])?;
+                pcpu::pin(0, &[pcpu::wire()])?;
                 End::listen(traffic, SocketAddr::from((WIRE_ADDRESS, PORT)))
             };
             let _ = sender.send(listen());
