@@ -11,7 +11,7 @@ use crate::machine::MachineOptions;
 use crate::memory::MemoryOptions;
 use crate::serial::SerialMode;
 use crate::vcpu::CpusOptions;
-use crate::virtio::vhost_user_net::NetOptions;
+use crate::virtio::net_options::NetOptions;
 
 /// A KVM virtual machine monitor whose guests take every device interrupt on one vCPU of their own, the IVCPU
 #[derive(Debug, Parser)]

@@ -1,31 +1,32 @@
 //! What a VM is made of, and how it runs to its end. Wiring only: each part is a module of its own.
 
-use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Kvm, VmFd};
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::signalfd::SignalFd;
 
 use crate::boot::{acpi, cpuid, kernel, mtrr, registers};
+use crate::devices::Devices;
 use crate::gsi::{self, KvmRouter, MessageRouter};
 use crate::ivcpu::{self, IvcpuOptions};
-use crate::memory::{self, ECAM_SIZE, ECAM_START, GuestMemory, MemoryOptions};
-use crate::pci::bus::{self, Bus, CONFIG_PORTS};
+use crate::memory::{self, GuestMemory, MemoryOptions};
+use crate::pci::bus::{self, Bus};
 use crate::pin;
-use crate::power::{self, EndSignal, Ending};
+use crate::placement::{self, Placement, VcpuThread};
+use crate::power::{EndSignal, Ending};
 use crate::serial::{self, SerialMode};
+use crate::signals::{self, EndWatch};
 use crate::terminal::RawMode;
 use crate::vcpu::{self, CpusOptions, Running, Vcpu};
+use crate::virtio::net_options::NetOptions;
 use crate::virtio::session;
 use crate::virtio::transport::{self, KickRouter, Transport, Wiring};
-use crate::virtio::vhost_user_net::{NetOptions, VhostUserNet};
+use crate::virtio::vhost_user_net::VhostUserNet;
 
 /// How long vCPU threads may take to leave the guest. One that is stuck writing to a blocked console is left behind;
 /// the end of the process takes it along.
@@ -108,12 +109,9 @@ pub enum Error {
     /// pCPUs.
     #[error(transparent)]
     Pin(#[from] pin::Error),
-    /// The IVCPU's pCPU is not its own.
+    /// vCPUs that cannot run where they are wanted.
     #[error(transparent)]
-    Overlap(#[from] ivcpu::Overlap),
-    /// One vCPU too many.
-    #[error("{0} vCPUs and the IVCPU are more than the {max} a VM can have; lower --cpus boot=", max = vcpu::MAX_VCPUS)]
-    TooManyVcpus(u8),
+    Placement(#[from] placement::Error),
     /// Signals, threads and event files of the VMM itself.
     #[error("cannot {step}: {source}")]
     System {
@@ -127,64 +125,13 @@ pub enum Error {
     Events(event_manager::Error),
 }
 
-/// The devices a vCPU can reach by leaving the guest.
-#[derive(Default)]
-pub struct Devices {
-    serial: Option<Arc<serial::Port>>,
-    pci: Bus,
-}
-
-impl Devices {
-    /// An IN instruction; what nobody answers reads as ones.
-    pub fn port_in(&self, port: u16, data: &mut [u8]) {
-        match (port, &self.serial) {
-            (serial::PORT..=SERIAL_LAST, Some(serial)) => serial.read((port - serial::PORT) as u8, data),
-            (port, _) if CONFIG_PORTS.contains(&port) => self.pci.port_read(port, data),
-            (power::SLEEP_STATUS_PORT, _) => data.fill(0),
-            _ => data.fill(0xff),
-        }
-    }
-
-    /// An OUT instruction; says if it ends the VM.
-    pub fn port_out(&self, port: u16, data: &[u8]) -> Option<Ending> {
-        if let [value] = data
-            && let Some(ending) = power::port_written(port, *value)
-        {
-            return Some(ending);
-        }
-        match (port, &self.serial) {
-            (serial::PORT..=SERIAL_LAST, Some(serial)) => serial.write((port - serial::PORT) as u8, data),
-            (port, _) if CONFIG_PORTS.contains(&port) => self.pci.port_write(port, data),
-            _ => {}
-        }
-        None
-    }
-
-    /// A read of an address that is no RAM.
-    pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
-        match address.checked_sub(ECAM_START) {
-            Some(offset) if offset < ECAM_SIZE => self.pci.ecam_read(offset, data),
-            _ => self.pci.memory_read(address, data),
-        }
-    }
-
-    /// A write of an address that is no RAM.
-    pub fn mmio_write(&self, address: u64, data: &[u8]) {
-        match address.checked_sub(ECAM_START) {
-            Some(offset) if offset < ECAM_SIZE => self.pci.ecam_write(offset, data),
-            _ => self.pci.memory_write(address, data),
-        }
-    }
-}
-
-const SERIAL_LAST: u16 = serial::PORT + serial::PORTS - 1;
-
 /// A VM ready to run.
 pub struct Machine {
     // Dropped in this order: vCPUs before the VM, the VM before its memory.
     vcpus: Vec<Vcpu>,
     devices: Arc<Devices>,
     net: Vec<VhostUserNet>,
+    signals: SignalFd,
     end: Arc<EndSignal>,
     interactive: bool,
     _vm: Arc<VmFd>,
@@ -194,7 +141,10 @@ pub struct Machine {
 impl Machine {
     /// Makes the VM: memory, CPUs, devices, and the guest's first instruction.
     pub fn new(options: &MachineOptions) -> Result<Self, Error> {
-        let placement = Placement::check(options)?;
+        // Before the first thread starts, because threads inherit which signals are blocked.
+        let signals = signals::block().map_err(system("block the signals that end a VM"))?;
+        let placement = Placement::check(&options.cpus, options.ivcpu.as_ref(), &pin::online()?)?;
+        pin::keep_off(&placement.taken())?;
         let kvm = open_kvm()?;
         let vm = Arc::new(create_vm(&kvm)?);
         let memory = memory::allocate(options.memory.size)?;
@@ -232,6 +182,7 @@ impl Machine {
             vcpus,
             devices,
             net,
+            signals,
             end: Arc::new(EndSignal::new().map_err(system("make an eventfd"))?),
             interactive: options.serial == SerialMode::Tty,
             _vm: vm,
@@ -242,17 +193,16 @@ impl Machine {
     /// Runs the VM until it ends, and says why it did. The terminal is as before when this returns.
     pub fn run(mut self) -> Result<Ending, Error> {
         vcpu::install_signal_handler().map_err(system("install the vCPU signal handler"))?;
-        // Signals that end the VM are blocked in all threads and read from a file by the event loop.
-        let signals = ending_signals().map_err(system("block the signals that end a VM"))?;
         let mut events = EventManager::new().map_err(Error::Events)?;
-        events.add_subscriber(Box::new(EndWatch { end: Arc::clone(&self.end), signals }) as Subscriber);
+        events.add_subscriber(Box::new(EndWatch { end: Arc::clone(&self.end), signals: self.signals })
+            as Box<dyn MutEventSubscriber>);
         let raw_mode = if self.interactive {
             RawMode::enter().map_err(system("put the terminal into raw mode"))?
         } else {
             None
         };
         if let Some(port) = &self.devices.serial {
-            events.add_subscriber(Box::new(SerialFlush(Arc::clone(port))));
+            events.add_subscriber(Box::new(serial::Flush(Arc::clone(port))));
             if self.interactive {
                 let port = Arc::clone(port);
                 let feed = move || port.feed(io::stdin());
@@ -282,12 +232,17 @@ impl Machine {
             if let Some(ending) = self.end.ending() {
                 break Ok(ending);
             }
-            if let Err(error) = events.run() {
-                break Err(Error::Events(error));
+            match events.run() {
+                Ok(_) => {}
+                // The process was stopped and continued.
+                Err(event_manager::Error::Epoll(error)) if error.errno() == libc::EINTR => {}
+                Err(error) => break Err(Error::Events(error)),
             }
         };
-        stop(running);
-        if let Some(port) = &self.devices.serial {
+        // A vCPU that did not stop may be the one that holds the console.
+        if stop(running)
+            && let Some(port) = &self.devices.serial
+        {
             port.flush();
         }
         drop(raw_mode);
@@ -295,79 +250,14 @@ impl Machine {
     }
 }
 
-fn stop(running: Vec<Running>) {
+/// Takes all vCPUs out of the guest; says whether all of them went.
+fn stop(running: Vec<Running>) -> bool {
     for vcpu in &running {
         vcpu.stop();
     }
     let deadline = Instant::now() + STOP_WITHIN;
-    for vcpu in running {
-        vcpu.join_until(deadline);
-    }
-}
-
-/// One vCPU's thread: its name and where it may run.
-struct VcpuThread {
-    number: u8,
-    name: String,
-    affinity: BTreeSet<usize>,
-}
-
-/// Who runs where.
-struct Placement {
-    threads: Vec<VcpuThread>,
-    ivcpu: Option<u8>,
-}
-
-impl Placement {
-    /// Checks the affinities against the machine and each other, and takes the VMM's own threads off their pCPUs.
-    fn check(options: &MachineOptions) -> Result<Self, Error> {
-        let cpus = &options.cpus;
-        let online = pin::online()?;
-        for (vcpu, pcpus) in &cpus.affinity.0 {
-            pin::check_online(&format!("vCPU {vcpu}"), pcpus, &online)?;
-        }
-        let mut threads: Vec<_> = (0..cpus.boot)
-            .map(|number| VcpuThread {
-                number,
-                name: format!("vcpu{number}"),
-                affinity: cpus.affinity.0.get(&number).map(|list| list.0.clone()).unwrap_or_default(),
-            })
-            .collect();
-        if let Some(ivcpu) = &options.ivcpu {
-            pin::check_online("the IVCPU", &ivcpu.affinity, &online)?;
-            ivcpu::check_overlap(ivcpu, &cpus.affinity)?;
-            threads.push(VcpuThread {
-                number: cpus.boot,
-                name: ivcpu::THREAD_NAME.to_owned(),
-                affinity: ivcpu.affinity.0.clone(),
-            });
-        }
-        if threads.len() > usize::from(vcpu::MAX_VCPUS) {
-            return Err(Error::TooManyVcpus(cpus.boot));
-        }
-        if threads.len() > online.len() {
-            tracing::warn!(
-                "{} vCPUs share {} pCPUs: expect them to wait for each other",
-                threads.len(),
-                online.len()
-            );
-        }
-        let taken = threads.iter().flat_map(|thread| thread.affinity.iter().copied()).collect();
-        pin::keep_off(&taken)?;
-        Ok(Self { threads, ivcpu: options.ivcpu.as_ref().map(|_| cpus.boot) })
-    }
-
-    fn vcpus(&self) -> u8 {
-        self.threads.len() as u8
-    }
-
-    /// Whether every vCPU has a pCPU that no other one may use.
-    fn is_dedicated(&self) -> bool {
-        let mut seen = BTreeSet::new();
-        self.threads
-            .iter()
-            .all(|thread| thread.affinity.len() == 1 && thread.affinity.iter().all(|&pcpu| seen.insert(pcpu)))
-    }
+    // Every thread is waited for, also after one that did not end.
+    running.into_iter().fold(true, |all, vcpu| vcpu.join_until(deadline) && all)
 }
 
 fn open_kvm() -> Result<Kvm, Error> {
@@ -437,55 +327,4 @@ fn kvm_error(step: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
 
 fn system(step: &'static str) -> impl Fn(io::Error) -> Error {
     move |source| Error::System { step, source }
-}
-
-type Subscriber = Box<dyn MutEventSubscriber>;
-
-/// SIGTERM and its like, as a readable file.
-fn ending_signals() -> io::Result<SignalFd> {
-    let set: SigSet =
-        [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT].into_iter().collect();
-    set.thread_block()?;
-    Ok(SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?)
-}
-
-/// Wakes the event loop when the VM ends, and makes a signal an end.
-struct EndWatch {
-    end: Arc<EndSignal>,
-    signals: SignalFd,
-}
-
-impl MutEventSubscriber for EndWatch {
-    fn process(&mut self, events: Events, _: &mut EventOps) {
-        if events.fd() == self.signals.as_raw_fd()
-            && let Ok(Some(signal)) = self.signals.read_signal()
-        {
-            self.end.give(Ending::Signal(signal.ssi_signo as i32));
-        }
-    }
-
-    fn init(&mut self, ops: &mut EventOps) {
-        watch(ops, self.end.event().as_raw_fd());
-        watch(ops, self.signals.as_raw_fd());
-    }
-}
-
-/// Writes out what stayed in the serial buffer.
-struct SerialFlush(Arc<serial::Port>);
-
-impl MutEventSubscriber for SerialFlush {
-    fn process(&mut self, _: Events, _: &mut EventOps) {
-        let _ = self.0.timer().lock().unwrap_or_else(PoisonError::into_inner).wait();
-        self.0.flush();
-    }
-
-    fn init(&mut self, ops: &mut EventOps) {
-        watch(ops, self.0.timer().lock().unwrap_or_else(PoisonError::into_inner).as_raw_fd());
-    }
-}
-
-fn watch(ops: &mut EventOps, fd: RawFd) {
-    if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
-        tracing::error!("cannot watch file {fd}: {error:?}");
-    }
 }

@@ -8,15 +8,19 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use event_manager::{EventOps, Events, MutEventSubscriber};
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
+
+use crate::events;
 
 /// First I/O port of COM1.
 pub const PORT: u16 = 0x3f8;
@@ -172,11 +176,6 @@ impl Port {
         &self.interrupt
     }
 
-    /// The timer that tells the main loop to call [`Port::flush`].
-    pub fn timer(&self) -> &Arc<Mutex<TimerFd>> {
-        &self.timer
-    }
-
     /// Writes out what is collected.
     pub fn flush(&self) {
         lock(&self.uart).writer_mut().write_pending();
@@ -223,6 +222,23 @@ impl Port {
                 Err(_) => uart = self.room.wait(uart).unwrap_or_else(PoisonError::into_inner),
             }
         }
+    }
+}
+
+/// Writes out what stayed in the serial buffer.
+pub struct Flush(
+    /// Of this port.
+    pub Arc<Port>,
+);
+
+impl MutEventSubscriber for Flush {
+    fn process(&mut self, _: Events, _: &mut EventOps) {
+        let _ = lock(&self.0.timer).wait();
+        self.0.flush();
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        events::watch(ops, lock(&self.0.timer).as_raw_fd());
     }
 }
 

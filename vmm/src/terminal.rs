@@ -3,7 +3,7 @@
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 
-use nix::sys::termios::{LocalFlags, SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
+use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 
 /// Raw mode for as long as this lives.
 #[derive(Debug)]
@@ -21,7 +21,8 @@ impl RawMode {
         let before = tcgetattr(stdin.as_fd())?;
         let mut raw = before.clone();
         cfmakeraw(&mut raw);
-        raw.local_flags.remove(LocalFlags::ISIG);
+        // The VMM's own messages go to the same terminal; without this their lines would run down like stairs.
+        raw.output_flags = before.output_flags;
         tcsetattr(stdin.as_fd(), SetArg::TCSANOW, &raw)?;
         Ok(Some(Self { before }))
     }

@@ -19,7 +19,7 @@ use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-use crate::machine::Devices;
+use crate::devices::Devices;
 use crate::pin::{self, VcpuAffinity};
 use crate::power::{EndSignal, Ending};
 use crate::suboption::{self, SubOptions};

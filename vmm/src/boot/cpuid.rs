@@ -16,6 +16,10 @@ const LEAF_ADDRESS_SIZES: u32 = 0x8000_0008;
 const LEAF_CACHES_AMD: u32 = 0x8000_001d;
 const LEAF_TOPOLOGY_AMD: u32 = 0x8000_001e;
 
+/// The first four letters of the vendor, in EBX of leaf 0.
+const VENDOR_AMD: u32 = u32::from_le_bytes(*b"Auth");
+const VENDOR_HYGON: u32 = u32::from_le_bytes(*b"Hygo");
+
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_HYPERVISOR: u32 = 1 << 31;
 const EDX_HYPER_THREADING: u32 = 1 << 28;
@@ -64,10 +68,11 @@ impl Template {
     }
 
     fn from_entries(mut entries: Vec<kvm_cpuid_entry2>, tsc_deadline: bool, profile: Profile) -> Self {
+        let amd = entries.iter().any(|e| e.function == 0 && matches!(e.ebx, VENDOR_AMD | VENDOR_HYGON));
         let has_topology = entries.iter().any(|e| e.function == 0 && e.eax >= LEAF_TOPOLOGY);
         entries.retain(|e| !matches!(e.function, LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2));
         for entry in &mut entries {
-            apply_profile(entry, tsc_deadline, profile);
+            apply_profile(entry, tsc_deadline, amd, profile);
         }
         if has_topology {
             entries.extend(topology_levels(profile.vcpus));
@@ -106,7 +111,7 @@ impl Template {
     }
 }
 
-fn apply_profile(entry: &mut kvm_cpuid_entry2, tsc_deadline: bool, profile: Profile) {
+fn apply_profile(entry: &mut kvm_cpuid_entry2, tsc_deadline: bool, amd: bool, profile: Profile) {
     let vcpus = u32::from(profile.vcpus);
     let several = vcpus > 1;
     match entry.function {
@@ -131,7 +136,7 @@ fn apply_profile(entry: &mut kvm_cpuid_entry2, tsc_deadline: bool, profile: Prof
         LEAF_EXTENDED_FEATURES => {
             entry.ecx = with_bit(entry.ecx, ECX_CORE_LEGACY, several && entry.ecx & ECX_CORE_LEGACY != 0)
         }
-        LEAF_ADDRESS_SIZES if entry.ecx & 0xff != 0 || several => {
+        LEAF_ADDRESS_SIZES if amd => {
             let id_bits = vcpus.next_power_of_two().trailing_zeros();
             entry.ecx = (entry.ecx & 0xffff_0000) | (id_bits << 12) | (vcpus - 1);
         }
@@ -178,7 +183,7 @@ mod tests {
 
     fn supported() -> Vec<kvm_cpuid_entry2> {
         vec![
-            kvm_cpuid_entry2 { eax: 0x10, ..entry(0, 0) },
+            kvm_cpuid_entry2 { eax: 0x10, ebx: VENDOR_AMD, ..entry(0, 0) },
             kvm_cpuid_entry2 { ebx: 0x07ff_0800, ..entry(1, 0) },
             kvm_cpuid_entry2 { edx: 99, ..entry(LEAF_TOPOLOGY, 0) },
             kvm_cpuid_entry2 { edx: 99, ..entry(LEAF_TOPOLOGY_V2, 0) },

@@ -148,7 +148,7 @@ impl Msix {
         };
         match result {
             Ok(()) => vector.connected = wanted,
-            Err(error) => tracing::warn!("MSI-X vector {index}: {error}"),
+            Err(error) => tracing::info!("MSI-X vector {index}: {error}"),
         }
     }
 }

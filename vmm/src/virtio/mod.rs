@@ -5,6 +5,7 @@
 
 pub mod control_queue;
 pub mod deadline;
+pub mod net_options;
 pub mod registers;
 pub mod session;
 pub mod transport;

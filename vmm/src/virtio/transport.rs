@@ -165,7 +165,7 @@ impl<D: Device> Transport<D> {
             .map(|i| self.queue(i))
             .collect();
         let Some(queues) = queues else {
-            tracing::warn!("the driver set up a queue outside its memory; the device waits for a reset");
+            tracing::info!("the driver set up a queue outside its memory; the device waits for a reset");
             self.registers.set_needs_reset();
             return;
         };
@@ -222,7 +222,7 @@ impl<D: Device> Transport<D> {
                 Ok(()) => self.connected.push((address, index)),
                 // Not the end: the kick then comes out to user space, and is served in `notified`.
                 Err(error) => {
-                    tracing::warn!("KVM does not serve kicks of queue {index} at {address:#x}: {error}")
+                    tracing::info!("KVM does not serve kicks of queue {index} at {address:#x}: {error}")
                 }
             }
         }
@@ -231,7 +231,7 @@ impl<D: Device> Transport<D> {
     fn disconnect_kicks(&mut self) {
         for (address, index) in self.connected.drain(..) {
             if let Err(error) = self.wiring.kicks.disconnect(address, &self.kicks[index]) {
-                tracing::warn!("KVM keeps serving kicks of queue {index} at {address:#x}: {error}");
+                tracing::info!("KVM keeps serving kicks of queue {index} at {address:#x}: {error}");
             }
         }
     }

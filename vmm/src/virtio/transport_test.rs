@@ -219,7 +219,7 @@ fn the_bar_can_be_reached_through_configuration_space() {
     let mut data = [0; 4];
     rig.transport.config_read(access + 16, &mut data);
     assert_eq!(data[..2], [3, 0], "number of queues");
-    for (offset, length) in [(BAR_SIZE as u32, 4), (0xffff_fffc, 4), (1, 2), (0, 3), (0, 0xffff_ffff)] {
+    for (offset, length) in [(BAR_SIZE as u32, 4u32), (0xffff_fffc, 4), (1, 2), (0, 3), (0, 0xffff_ffff)] {
         rig.transport.config_write(access + 8, &offset.to_le_bytes());
         rig.transport.config_write(access + 12, &length.to_le_bytes());
         assert_eq!(rig.transport.accessed(), None, "{offset:#x} {length:#x}");

@@ -9,10 +9,8 @@
 //! for what the lost backend returned and did not tell. The device never changes what it offers: a backend that comes
 //! back with less than the driver negotiated is not taken.
 
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
-use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -24,10 +22,10 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::control_queue::{self, Command, ControlQueue};
+use super::net_options::NetOptions;
 use super::session::{Base, Error, Session};
 use super::{Activation, ConfigChange, Device, Queue};
 use crate::memory::GuestMemory;
-use crate::suboption::{self, SubOptions};
 
 /// How often a lost backend is tried.
 pub const RETRY: Duration = Duration::from_millis(100);
@@ -63,88 +61,6 @@ const FROM_VMM: &[u32] = &[
     VIRTIO_NET_F_GUEST_ANNOUNCE,
 ];
 
-/// `--net vhost_user=true,socket=PATH[,mac=MAC][,num_queues=2N][,queue_size=256]`
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NetOptions {
-    /// The socket where the backend listens.
-    pub socket: PathBuf,
-    /// The address of the device.
-    pub mac: Mac,
-    /// Queue pairs; `num_queues` counts both queues of each.
-    pub pairs: u16,
-    /// Entries of each queue.
-    pub queue_size: u16,
-}
-
-impl FromStr for NetOptions {
-    type Err = suboption::Error;
-
-    fn from_str(text: &str) -> Result<Self, suboption::Error> {
-        let mut options = SubOptions::parse(text)?;
-        let vhost_user = options.take_switch("vhost_user")?;
-        let socket: Option<PathBuf> = options.take("socket")?;
-        let mac = options.take("mac")?;
-        let pairs = options.take_with("num_queues", |value| match value.parse::<u16>() {
-            Ok(queues) if (2..=128).contains(&queues) && queues % 2 == 0 => Ok(queues / 2),
-            _ => Err("expected an even number from 2 to 128 (two for each queue pair)".to_owned()),
-        })?;
-        let queue_size = options.take_with("queue_size", |value| match value.parse::<u16>() {
-            Ok(size) if size.is_power_of_two() && size >= 16 => Ok(size),
-            _ => Err("expected a power of two from 16 to 32768".to_owned()),
-        })?;
-        options.finish()?;
-        if vhost_user != Some(true) {
-            return Err(suboption::Error::Missing(
-                "vhost_user=true, the one kind of network device there is: vhost_user",
-            ));
-        }
-        Ok(Self {
-            socket: socket.ok_or(suboption::Error::Missing("socket"))?,
-            mac: mac.map_or_else(Mac::random, Ok).map_err(|error| suboption::Error::Value {
-                key: "mac".to_owned(),
-                value: String::new(),
-                reason: format!("no random address: {error}"),
-            })?,
-            pairs: pairs.unwrap_or(1),
-            queue_size: queue_size.unwrap_or(256),
-        })
-    }
-}
-
-/// An Ethernet address of one station.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Mac(
-    /// Its bytes as sent.
-    pub [u8; 6],
-);
-
-impl Mac {
-    /// A locally administered address nobody else is likely to have.
-    fn random() -> io::Result<Self> {
-        let mut bytes = [0; 6];
-        std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-        bytes[0] = (bytes[0] & 0xfc) | 0x02;
-        Ok(Self(bytes))
-    }
-}
-
-impl FromStr for Mac {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let expected = || "expected an address of one station such as 52:54:00:12:34:56".to_owned();
-        let bytes: Vec<u8> = text
-            .split(':')
-            .map(|part| if part.len() == 2 { u8::from_str_radix(part, 16).ok() } else { None })
-            .collect::<Option<_>>()
-            .ok_or_else(expected)?;
-        match <[u8; 6]>::try_from(bytes) {
-            Ok(bytes) if bytes[0] & 1 == 0 && bytes != [0; 6] => Ok(Self(bytes)),
-            _ => Err(expected()),
-        }
-    }
-}
-
 /// What the driver has set up.
 struct Running {
     features: u64,
@@ -170,6 +86,8 @@ struct Net {
     session: Option<Session>,
     running: Option<Running>,
     retry: TimerFd,
+    /// Whether the log says already why a backend that listens again is not taken.
+    complained: bool,
 }
 
 impl Net {
@@ -208,7 +126,7 @@ impl Net {
         let control = control.first().and_then(|queue| match ControlQueue::new(queue, features) {
             Ok(queue) => Some(queue),
             Err(error) => {
-                tracing::warn!("the driver set up a control queue that does not work: {error}");
+                tracing::info!("the driver set up a control queue that does not work: {error}");
                 None
             }
         });
@@ -245,7 +163,7 @@ impl Net {
         let memory = self.memory.clone();
         if let Err(error) = control.process(&memory, |command| self.command(command)) {
             // The ring is not usable; leave it alone until the driver resets the device.
-            tracing::warn!("the control queue stops: {error}");
+            tracing::info!("the control queue stops: {error}");
             return;
         }
         if let Some(running) = &mut self.running {
@@ -296,6 +214,7 @@ impl Net {
         );
         self.session = None;
         self.announce = false;
+        self.complained = false;
         if let Err(error) = self.retry.reset(RETRY, Some(RETRY)) {
             tracing::error!("cannot set the timer that looks for the backend: {error}");
         }
@@ -309,7 +228,10 @@ impl Net {
             Ok(()) => true,
             Err(Error::Connect { .. }) => false,
             Err(error) => {
-                tracing::warn!("{error}");
+                // Said once for each loss: the next try is not far.
+                if !std::mem::replace(&mut self.complained, true) {
+                    tracing::warn!("{error}");
+                }
                 self.session = None;
                 false
             }
@@ -383,6 +305,7 @@ impl VhostUserNet {
             session: Some(session),
             running: None,
             retry,
+            complained: false,
         };
         Ok(Self(Arc::new(Mutex::new(net))))
     }
@@ -481,35 +404,6 @@ fn watch_hang_up(net: &Net, ops: &mut EventOps) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn options_are_cloud_hypervisors_words() {
-        let options: NetOptions =
-            "vhost_user=true,socket=/run/a.sock,mac=52:54:00:12:34:56,num_queues=4,queue_size=1024"
-                .parse()
-                .unwrap();
-        assert_eq!((options.pairs, options.queue_size), (2, 1024));
-        assert_eq!(options.mac, Mac([0x52, 0x54, 0, 0x12, 0x34, 0x56]));
-        for bad in [
-            "socket=/a",
-            "vhost_user=true",
-            "vhost_user=true,socket=/a,num_queues=3",
-            "vhost_user=true,socket=/a,num_queues=0",
-            "vhost_user=true,socket=/a,queue_size=100",
-            "vhost_user=true,socket=/a,mac=01:00:00:00:00:00",
-            "vhost_user=true,socket=/a,mac=2:0:0:0:0:1",
-            "tap=tap0",
-        ] {
-            assert!(bad.parse::<NetOptions>().is_err(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn random_addresses_are_local_and_differ() {
-        let (first, second) = (Mac::random().unwrap(), Mac::random().unwrap());
-        assert_eq!(first.0[0] & 3, 2);
-        assert_ne!(first, second);
-    }
 
     #[test]
     fn the_offer_is_what_backend_and_vmm_have_together() {
