@@ -24,7 +24,7 @@ pub fn shell(workspace: &Workspace, command: &[String]) -> anyhow::Result<i32> {
         eprintln!(
             "The emulated host: kernel {}, five pCPUs, /dev/kvm. This machine's files are here, read-only; {} is\n\
              {} outside. ivcpu-vmm, ivcpu-backend, ivcpu-lab, qemu-system-x86_64, iperf3, sockperf, ethtool and ip\n\
-             are on PATH; `ivcpu-lab drive` boots a guest and moves traffic (--help). `exit` powers off.",
+             are on PATH; `ivcpu-lab measure` boots a guest and measures it (--help). `exit` powers off.",
             host.kernel(),
             crate::emulated_host::SHARE,
             host.share().display()

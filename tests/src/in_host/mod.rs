@@ -2,9 +2,9 @@
 
 pub mod agent;
 mod backend;
-pub mod drive;
 pub mod measure;
 mod outside;
+mod testbed;
 mod vm;
 mod vmm;
 mod wire;
@@ -23,6 +23,7 @@ use crate::workspace::Workspace;
 
 pub use backend::{Backend, BackendConfig, BackendStats, QueueStats};
 pub use outside::Outside;
+pub use testbed::{Setup, Testbed};
 pub use vm::Vm;
 pub use vmm::{Layout, Net, VmConfig, Vmm};
 pub use wire::{TAP, Wire};
