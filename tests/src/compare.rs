@@ -276,7 +276,7 @@ impl Outcomes {
                 let (figures, error) = match outcome {
                     Ok(measured) => {
                         let load = measured.workloads.get(index).cloned().unwrap_or_default();
-                        (figures::of_load(&load, &measured.control, &plan.setup.roles()), None)
+                        (figures::of_load(&load, &measured.control, &measured.roles), None)
                     }
                     Err(error) => (Figures::default(), Some(error.clone())),
                 };
@@ -342,7 +342,7 @@ mod tests {
     fn measured(plan: &Plan, bytes: u64) -> Measured {
         let window = Window { seconds: 1.0, bytes, ..Window::default() };
         let load = Load { windows: vec![window; plan.windows], bytes_verified: Some(bytes) };
-        Measured { control: load.clone(), workloads: vec![load; plan.workloads.len()] }
+        Measured { roles: vec![], control: load.clone(), workloads: vec![load; plan.workloads.len()] }
     }
 
     fn facts() -> HostFacts {

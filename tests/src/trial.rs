@@ -50,6 +50,16 @@ pub fn boot(guest_kernels: &[Kernel]) -> anyhow::Result<EmulatedHost> {
     Ok(EmulatedHost::boot(&workspace, &provision, &Options::default())?)
 }
 
+/// Makes the image of a guest with another kernel than the usual one, for a test that boots it inside.
+pub fn provide_guest(kernel: Kernel) -> anyhow::Result<()> {
+    if std::env::var_os(INSIDE).is_some() {
+        return Ok(());
+    }
+    let workspace = Workspace::locate()?;
+    workspace.build()?;
+    Ok(prepare_guest(&workspace, &Provision::new(&workspace), kernel)?)
+}
+
 /// Runs `body`, a closure written in a test function, inside the emulated host. A host that gets stuck is replaced,
 /// once, and the test run again.
 pub fn in_emulated_host<F>(body: F) -> anyhow::Result<()>

@@ -49,6 +49,8 @@ pub fn positive(text: &str) -> Result<f64, String> {
 /// What was measured.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Measured {
+    /// What each pCPU was for.
+    pub roles: Vec<Role>,
     /// Bystander, spinning threads, no traffic.
     pub control: Load,
     /// The workloads, in the plan's order.
@@ -101,7 +103,7 @@ pub fn measure(host: &mut Host, plan: &Plan) -> anyhow::Result<Measured> {
     if !status.success() {
         bail!("the VMM ended with {status} after the guest's power-off");
     }
-    Ok(Measured { control, workloads })
+    Ok(Measured { roles: plan.setup.roles(), control, workloads })
 }
 
 /// The emulated host's own devices interrupt the wire's pCPU only. One that cannot be moved stays, for control and

@@ -53,12 +53,16 @@ impl Default for Setup {
 }
 
 impl Setup {
-    /// What each pCPU is for.
+    /// What each pCPU of this host is for.
     pub fn roles(&self) -> Vec<Role> {
-        let mut roles = vec![Role::Other; pcpu::COUNT];
+        self.roles_with_wire(pcpu::wire())
+    }
+
+    fn roles_with_wire(&self, wire: usize) -> Vec<Role> {
+        let mut roles = vec![Role::Other; pcpu::FEWEST.max(wire + 1)];
+        roles[wire] = Role::Wire;
         roles[pcpu::BACKEND] = Role::Backend;
         roles[pcpu::IVCPU] = if self.mode == Mode::Irq { Role::Ivcpu } else { Role::Other };
-        roles[pcpu::wire()] = Role::Wire;
         for vcpu in 0..pcpu::APPLICATION.len() {
             self.layout.application(vcpu).into_iter().for_each(|pcpu| roles[pcpu] = Role::App);
         }
@@ -157,10 +161,13 @@ mod tests {
     #[test]
     fn every_pcpu_has_one_role() {
         let mut setup = Setup::default();
-        assert_eq!(setup.roles(), [Role::App, Role::App, Role::Backend, Role::Ivcpu, Role::Wire]);
+        let roles = setup.roles_with_wire(4);
+        assert_eq!(roles, [Role::App, Role::App, Role::Backend, Role::Ivcpu, Role::Wire]);
+        assert_eq!(setup.roles_with_wire(pcpu::BACKEND), roles[..4]);
         setup.layout = Layout::Paper;
-        assert_eq!(setup.roles(), [Role::App, Role::App, Role::App, Role::Ivcpu, Role::Wire]);
+        let roles = setup.roles_with_wire(4);
+        assert_eq!(roles, [Role::App, Role::App, Role::App, Role::Ivcpu, Role::Wire]);
         setup.mode = Mode::Stock;
-        assert_eq!(setup.roles()[pcpu::IVCPU], Role::Other);
+        assert_eq!(setup.roles_with_wire(4)[pcpu::IVCPU], Role::Other);
     }
 }
