@@ -10,16 +10,17 @@ pub const APPLICATION: [usize; 2] = [0, 1];
 pub const BACKEND: usize = 2;
 /// The IVCPU.
 pub const IVCPU: usize = 3;
+/// The far end of the wire, the agent, and whatever else there is, where the plan fits; see [`wire`].
+pub const WIRE: usize = 4;
 /// How many the emulated host has.
 pub const COUNT: usize = 5;
 /// Fewest a machine needs.
 pub const FEWEST: usize = 4;
 
-/// The far end of the wire, the agent, and whatever else there is: the fifth pCPU, or the backend's where there are
-/// only four.
+/// Where the far end of the wire is on this machine: the backend's pCPU if there are only four.
 pub fn wire() -> usize {
     let count = nix::unistd::sysconf(nix::unistd::SysconfVar::_NPROCESSORS_ONLN).ok().flatten().unwrap_or(0);
-    if count >= COUNT as i64 { COUNT - 1 } else { BACKEND }
+    if count > WIRE as i64 { WIRE } else { BACKEND }
 }
 
 /// Pins thread `thread` (0: the calling one) to `pcpus`.
