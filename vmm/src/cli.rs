@@ -64,7 +64,8 @@ pub struct RunOptions {
     #[arg(long, value_name = "MODE", default_value = "tty")]
     pub serial: SerialMode,
 
-    /// One more vCPU, the last, that takes every device interrupt: affinity=[3] names the pCPU it has to itself
+    /// One more vCPU, the last, that takes every device interrupt: affinity=[3][,host_irqs=[eth0,0000:01:10.0,24]].
+    /// affinity names the pCPU it has to itself, host_irqs the host interrupts that go there while the VM runs
     #[arg(long, value_name = "OPTIONS")]
     pub ivcpu: Option<IvcpuOptions>,
 }
@@ -82,6 +83,57 @@ impl From<RunOptions> for MachineOptions {
             ivcpu: options.ivcpu,
             net: options.net,
             serial: options.serial,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, Parser};
+
+    use super::*;
+
+    fn parse(words: &[&str]) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from([&["ivcpu-vmm"], words].concat())
+    }
+
+    #[test]
+    fn the_declaration_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_vm_is_run_without_a_subcommand() {
+        let words = ["--kernel", "k", "--cpus", "boot=2,affinity=[0@[0],1@[1]]", "--ivcpu", "affinity=[3]"];
+        let options = MachineOptions::from(parse(&words).unwrap().run.unwrap());
+        assert_eq!((options.cpus.boot, options.memory.size), (2, 512 << 20));
+        assert_eq!(options.kernel.command_line, "console=ttyS0 panic=-1");
+        assert!(options.ivcpu.is_some() && options.net.is_empty());
+    }
+
+    #[test]
+    fn each_network_device_is_a_word_of_its_own() {
+        let net = "vhost_user=true,socket=/run/x";
+        let options =
+            MachineOptions::from(parse(&["--kernel", "k", "--net", net, "--net", net]).unwrap().run.unwrap());
+        assert_eq!(options.net.len(), 2);
+        assert_ne!(options.net[0].mac, options.net[1].mac, "each has an address of its own");
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (words, expected) in [
+            (&["--kernel", "k", "--cpus", "boot=0"][..], "expected 1 to 253 vCPUs"),
+            (&["--kernel", "k", "--memory", "size=1"], "expected whole MiB"),
+            (&["--kernel", "k", "--memory", "sise=1"], "unknown sub-option `sise`; known are: size, shared"),
+            (&["--kernel", "k", "--ivcpu", "affinity=3"], "expected a list of pCPUs"),
+            (&["--kernel", "k", "--net", "socket=/x"], "vhost_user=true"),
+            (&["--kernel", "k", "--serial", "pty"], "expected tty, null, off or file=PATH"),
+            (&["--colonel", "k"], "--colonel"),
+            (&["--memory", "size=64M"], "--kernel"),
+        ] {
+            let error = parse(words).unwrap_err().to_string();
+            assert!(error.contains(expected), "{words:?}: {error}");
         }
     }
 }

@@ -35,13 +35,13 @@ pub enum Error {
     #[error("no interrupt line (GSI) is left for another vector; give the VM fewer devices or queues")]
     Exhausted,
     /// An eventfd could not be made.
-    #[error("cannot make the eventfd of an interrupt vector: {0}")]
-    EventFd(std::io::Error),
+    #[error("cannot make the eventfd of an interrupt vector")]
+    EventFd(#[source] std::io::Error),
     /// KVM refused the routes.
-    #[error("KVM refuses the interrupt routes: {0}")]
-    Routes(kvm_ioctls::Error),
+    #[error("KVM refuses the interrupt routes")]
+    Routes(#[source] kvm_ioctls::Error),
     /// KVM refused to tie or untie an eventfd.
-    #[error("KVM refuses the eventfd of GSI {gsi}: {source}")]
+    #[error("KVM refuses the eventfd of GSI {gsi}")]
     IrqFd {
         /// The GSI.
         gsi: u32,

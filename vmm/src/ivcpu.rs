@@ -5,17 +5,21 @@
 
 use std::str::FromStr;
 
+use crate::affinity::IrqSource;
 use crate::pin::{PcpuList, VcpuAffinity};
 use crate::suboption::{self, SubOptions};
 
 /// Name of the thread.
 pub const THREAD_NAME: &str = "ivcpu";
 
-/// `--ivcpu affinity=[3]`
+/// `--ivcpu affinity=[3][,host_irqs=[eth0,0000:01:10.0,24]]`
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IvcpuOptions {
     /// The pCPUs it may run on; its own, no application vCPU's.
     pub affinity: PcpuList,
+    /// Host interrupts that belong to the VM's devices (of an interface, a PCI function, or by number): they go to the
+    /// IVCPU's pCPU while the VM runs.
+    pub host_irqs: Vec<IrqSource>,
 }
 
 impl FromStr for IvcpuOptions {
@@ -24,9 +28,25 @@ impl FromStr for IvcpuOptions {
     fn from_str(text: &str) -> Result<Self, suboption::Error> {
         let mut options = SubOptions::parse(text)?;
         let affinity = options.take("affinity")?;
+        let host_irqs = options.take_with("host_irqs", parse_sources)?;
         options.finish()?;
-        Ok(Self { affinity: affinity.ok_or(suboption::Error::Missing("affinity"))? })
+        let affinity = affinity.ok_or(suboption::Error::Missing("affinity"))?;
+        Ok(Self { affinity, host_irqs: host_irqs.unwrap_or_default() })
     }
+}
+
+impl IvcpuOptions {
+    /// The pCPU that takes the host interrupts: the first one.
+    pub fn interrupt_pcpu(&self) -> Option<usize> {
+        self.affinity.0.first().copied()
+    }
+}
+
+fn parse_sources(text: &str) -> Result<Vec<IrqSource>, String> {
+    let inside = text.strip_prefix('[').and_then(|text| text.strip_suffix(']'));
+    let inside = inside.ok_or_else(|| "expected a list such as [eth0,0000:01:10.0,24]".to_owned())?;
+    let source = |text: &str| text.parse::<IrqSource>().map_err(|error| error.to_string());
+    inside.split(',').filter(|text| !text.is_empty()).map(source).collect()
 }
 
 /// The IVCPU would share a pCPU with an application vCPU.
@@ -66,6 +86,9 @@ mod tests {
     fn an_affinity_is_a_must() {
         assert_eq!("affinity=[3]".parse::<IvcpuOptions>().unwrap().affinity, "[3]".parse().unwrap());
         assert_eq!("".parse::<IvcpuOptions>(), Err(suboption::Error::Missing("affinity")));
+        let options: IvcpuOptions = "affinity=[3],host_irqs=[eth0,0000:01:10.0,24]".parse().unwrap();
+        assert_eq!((options.host_irqs.len(), options.interrupt_pcpu()), (3, Some(3)));
+        assert!("affinity=[3],host_irqs=24".parse::<IvcpuOptions>().is_err());
         assert!("affinity=3".parse::<IvcpuOptions>().is_err());
         assert!("affinity=[3],fast=on".parse::<IvcpuOptions>().is_err());
     }

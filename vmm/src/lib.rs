@@ -5,6 +5,7 @@
 
 pub mod affinity;
 pub mod boot;
+pub mod chain;
 pub mod cli;
 pub mod devices;
 pub mod events;

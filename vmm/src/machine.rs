@@ -10,6 +10,7 @@ use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Kvm, VmFd};
 use nix::sys::signalfd::SignalFd;
 
+use crate::affinity::{self, HostIrqs};
 use crate::boot::{acpi, cpuid, kernel, mtrr, registers};
 use crate::devices::Devices;
 use crate::gsi::{self, KvmRouter, MessageRouter};
@@ -53,7 +54,7 @@ pub struct MachineOptions {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// /dev/kvm could not be opened.
-    #[error("cannot open /dev/kvm: {source}; {advice}")]
+    #[error("cannot open /dev/kvm; {advice}")]
     OpenKvm {
         /// KVM's error.
         source: kvm_ioctls::Error,
@@ -61,7 +62,7 @@ pub enum Error {
         advice: &'static str,
     },
     /// A step of the VM's making that KVM refused.
-    #[error("KVM refuses {step}: {source}")]
+    #[error("KVM refuses {step}")]
     Kvm {
         /// Which.
         step: &'static str,
@@ -112,8 +113,11 @@ pub enum Error {
     /// vCPUs that cannot run where they are wanted.
     #[error(transparent)]
     Placement(#[from] placement::Error),
+    /// The host's interrupts.
+    #[error(transparent)]
+    HostIrqs(#[from] affinity::Error),
     /// Signals, threads and event files of the VMM itself.
-    #[error("cannot {step}: {source}")]
+    #[error("cannot {step}")]
     System {
         /// What was being done.
         step: &'static str,
@@ -134,6 +138,8 @@ pub struct Machine {
     signals: SignalFd,
     end: Arc<EndSignal>,
     interactive: bool,
+    /// Restores the host's interrupts when the VM has ended.
+    _host_irqs: Option<HostIrqs>,
     _vm: Arc<VmFd>,
     _memory: GuestMemory,
 }
@@ -185,6 +191,7 @@ impl Machine {
             signals,
             end: Arc::new(EndSignal::new().map_err(system("make an eventfd"))?),
             interactive: options.serial == SerialMode::Tty,
+            _host_irqs: move_host_irqs(options.ivcpu.as_ref())?,
             _vm: vm,
             _memory: memory,
         })
@@ -257,7 +264,9 @@ fn stop(running: Vec<Running>) -> bool {
     }
     let deadline = Instant::now() + STOP_WITHIN;
     // Every thread is waited for, also after one that did not end.
-    running.into_iter().fold(true, |all, vcpu| vcpu.join_until(deadline) && all)
+    let left_behind =
+        running.into_iter().filter_map(|vcpu| (!vcpu.join_until(deadline)).then_some(())).count();
+    left_behind == 0
 }
 
 fn open_kvm() -> Result<Kvm, Error> {
@@ -301,6 +310,14 @@ fn add_net(
         devices.push(net);
     }
     Ok(devices)
+}
+
+/// Moves the host interrupts of the VM's devices to the IVCPU's pCPU, and puts back what a run that was killed left moved.
+fn move_host_irqs(ivcpu: Option<&IvcpuOptions>) -> Result<Option<HostIrqs>, Error> {
+    match ivcpu.and_then(|ivcpu| Some((ivcpu.interrupt_pcpu()?, ivcpu.host_irqs.clone()))) {
+        Some((pcpu, sources)) => Ok(Some(HostIrqs::move_to(pcpu, sources)?)),
+        None => Ok(None),
+    }
 }
 
 fn create_vcpu(

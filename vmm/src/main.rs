@@ -3,7 +3,9 @@
 use std::fmt::Display;
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser, error::ErrorKind};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
+use ivcpu_vmm::chain::Chain;
 use ivcpu_vmm::cli::{Cli, Command};
 use ivcpu_vmm::exits;
 use ivcpu_vmm::machine::Machine;
@@ -14,10 +16,14 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(false)
         .without_time()
         .with_target(false)
         .init();
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return not_understood(&error),
+    };
     match (cli.command, cli.run) {
         (Some(Command::Exits(args)), _) => match exits::command::run(&args) {
             Ok(()) => ExitCode::SUCCESS,
@@ -28,12 +34,27 @@ fn main() -> ExitCode {
                 eprintln!("ivcpu-vmm: {ending}");
                 ExitCode::from(ending.exit_status())
             }
-            Err(error) => failed(error),
+            Err(error) => failed(Chain(&error)),
         },
-        (None, None) => Cli::command()
-            .error(ErrorKind::MissingRequiredArgument, "give a kernel to boot: --kernel PATH")
-            .exit(),
+        (None, None) => not_understood(
+            &Cli::command().error(ErrorKind::MissingRequiredArgument, "give a kernel to boot: --kernel PATH"),
+        ),
     }
+}
+
+/// Help and version go out as they are; an error becomes one line.
+fn not_understood(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        print!("{error}");
+        return ExitCode::SUCCESS;
+    }
+    let text = error.to_string();
+    // The first paragraph says what is wrong; usage and tips follow.
+    let paragraph = text.split("\n\n").next().unwrap_or_default();
+    let words: Vec<_> = paragraph.split_whitespace().collect();
+    let line = words.join(" ");
+    eprintln!("ivcpu-vmm: {}; see ivcpu-vmm --help", line.strip_prefix("error: ").unwrap_or(&line));
+    ExitCode::from(2)
 }
 
 fn failed(error: impl Display) -> ExitCode {

@@ -88,9 +88,7 @@ impl FromStr for MemoryOptions {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The memfd could not be made, sized or sealed.
-    #[error(
-        "cannot make {size} MiB of guest memory ({step}): {source}; give the VM less with --memory size="
-    )]
+    #[error("cannot make {size} MiB of guest memory ({step}); give the VM less with --memory size=")]
     Memfd {
         /// Size asked for, MiB.
         size: u64,
@@ -100,7 +98,7 @@ pub enum Error {
         source: io::Error,
     },
     /// It could not be mapped into this process.
-    #[error("cannot map {size} MiB of guest memory: {source}; give the VM less with --memory size=")]
+    #[error("cannot map {size} MiB of guest memory; give the VM less with --memory size=")]
     Map {
         /// Size asked for, MiB.
         size: u64,
@@ -108,7 +106,7 @@ pub enum Error {
         source: vm_memory::mmap::FromRangesError,
     },
     /// KVM did not take a region.
-    #[error("KVM refuses the memory slot at {start:#x}: {source}")]
+    #[error("KVM refuses the memory slot at {start:#x}")]
     Slot {
         /// Guest-physical start of the region.
         start: u64,

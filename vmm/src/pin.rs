@@ -92,11 +92,11 @@ pub enum Error {
         online: String,
     },
     /// The list of online pCPUs could not be read.
-    #[error("cannot read which pCPUs are online ({ONLINE}): {0}")]
-    Online(io::Error),
+    #[error("cannot read which pCPUs are online ({ONLINE})")]
+    Online(#[source] io::Error),
     /// The kernel refused an affinity.
     #[error(
-        "cannot pin {what} to pCPUs {pcpus:?}: {source}; is this process confined to other pCPUs (taskset, cpuset)?"
+        "cannot pin {what} to pCPUs {pcpus:?}; is this process confined to other pCPUs (taskset, cpuset)?"
     )]
     Pin {
         /// Which thread.

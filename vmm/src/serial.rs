@@ -66,7 +66,7 @@ impl FromStr for SerialMode {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file of `--serial file=` could not be made.
-    #[error("cannot create the serial output file {path}: {source}")]
+    #[error("cannot create the serial output file {path}")]
     File {
         /// Its path.
         path: PathBuf,
@@ -74,8 +74,8 @@ pub enum Error {
         source: io::Error,
     },
     /// An event or timer file could not be made.
-    #[error("cannot make the serial port's event files: {0}")]
-    Events(io::Error),
+    #[error("cannot make the serial port's event files")]
+    Events(#[source] io::Error),
 }
 
 /// The interrupt line: an eventfd that KVM turns into an edge on [`GSI`].

@@ -19,6 +19,7 @@ use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
+use crate::chain::Chain;
 use crate::devices::Devices;
 use crate::pin::{self, VcpuAffinity};
 use crate::power::{EndSignal, Ending};
@@ -116,7 +117,7 @@ impl Vcpu {
             if !affinity.is_empty()
                 && let Err(error) = pin::pin_current_thread(&name, &affinity)
             {
-                return end.give(Ending::Failed { vcpu: number, reason: error.to_string() });
+                return end.give(Ending::Failed { vcpu: number, reason: Chain(&error).to_string() });
             }
             if let Some(ending) = run(&mut fd, number, &devices, &seen) {
                 end.give(ending);

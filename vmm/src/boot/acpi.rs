@@ -43,7 +43,7 @@ pub enum Error {
         available: u64,
     },
     /// Guest memory refused the write.
-    #[error("cannot write the ACPI tables to guest memory: {0}")]
+    #[error("cannot write the ACPI tables to guest memory")]
     Memory(#[from] vm_memory::GuestMemoryError),
 }
 

@@ -45,8 +45,8 @@ pub struct Profile {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// KVM did not say what it supports.
-    #[error("KVM does not say which CPUID it supports: {0}")]
-    Supported(kvm_ioctls::Error),
+    #[error("KVM does not say which CPUID it supports")]
+    Supported(#[source] kvm_ioctls::Error),
     /// More leaves than the table of KVM takes.
     #[error("the CPUID table has more than {KVM_MAX_CPUID_ENTRIES} entries")]
     TooMany,

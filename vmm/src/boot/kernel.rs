@@ -38,7 +38,7 @@ pub struct KernelOptions {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file could not be opened or read.
-    #[error("cannot read the {what} {path}: {source}")]
+    #[error("cannot read the {what} {path}")]
     File {
         /// kernel or initramfs.
         what: &'static str,
@@ -86,7 +86,7 @@ pub enum Error {
         limit: usize,
     },
     /// Guest memory refused a write.
-    #[error("cannot write {what} to guest memory: {source}")]
+    #[error("cannot write {what} to guest memory")]
     Memory {
         /// What was written.
         what: &'static str,

@@ -17,8 +17,8 @@ const MTRR_TYPE_WRITE_BACK: u64 = 6;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The call failed.
-    #[error("KVM refuses the start MSRs: {0}")]
-    Set(kvm_ioctls::Error),
+    #[error("KVM refuses the start MSRs")]
+    Set(#[source] kvm_ioctls::Error),
     /// The call stopped at one of them.
     #[error("KVM refuses MSR {0:#x}")]
     Refused(u32),

@@ -26,10 +26,10 @@ const DELIVERY_MODE_EXTINT: u32 = 0x700;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The descriptor table or page tables did not fit in guest memory.
-    #[error("cannot write the first page tables to guest memory: {0}")]
+    #[error("cannot write the first page tables to guest memory")]
     Memory(#[from] vm_memory::GuestMemoryError),
     /// KVM refused a register set.
-    #[error("KVM refuses the start registers ({step}): {source}")]
+    #[error("KVM refuses the start registers ({step})")]
     Kvm {
         /// Which set.
         step: &'static str,

@@ -202,7 +202,7 @@ fn selected(address: u32, port: u16) -> Option<(usize, usize)> {
 
 fn ecam_target(offset: u64) -> Option<(usize, usize)> {
     let function = offset / ECAM_FUNCTION;
-    (function % 8 == 0 && function / 8 < SLOTS as u64)
+    (function.is_multiple_of(8) && function / 8 < SLOTS as u64)
         .then_some(((function / 8) as usize, (offset % ECAM_FUNCTION) as usize))
 }
 

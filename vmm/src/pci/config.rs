@@ -90,7 +90,7 @@ impl ConfigSpace {
     /// Adds a 64-bit prefetchable memory BAR of `size` bytes (a power of two) at `address`, in registers `index` and
     /// `index + 1`. Configuration by the VMM's own code: a wrong index or size is a bug there.
     pub fn add_bar(&mut self, index: usize, size: u64, address: u64) {
-        assert!(index + 1 < BARS && size.is_power_of_two() && size >= 16 && address % size == 0);
+        assert!(index + 1 < BARS && size.is_power_of_two() && size >= 16 && address.is_multiple_of(size));
         let offset = BAR_0 + 4 * index;
         let mask = !(size - 1);
         self.writable[offset..offset + 8].copy_from_slice(&mask.to_le_bytes());

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::chain::Chain;
 use crate::gsi::{Error, Message, MessageRouter};
 
 /// Capability id of MSI-X.
@@ -148,7 +149,7 @@ impl Msix {
         };
         match result {
             Ok(()) => vector.connected = wanted,
-            Err(error) => tracing::info!("MSI-X vector {index}: {error}"),
+            Err(error) => tracing::info!("MSI-X vector {index}: {}", Chain(&error)),
         }
     }
 }
@@ -169,7 +170,6 @@ fn is_readable(event: &EventFd) -> bool {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::collections::BTreeMap;
     use std::sync::Mutex;
 
     use proptest::prelude::*;
@@ -178,33 +178,37 @@ pub(crate) mod tests {
 
     /// A router that remembers what is tied, as KVM would.
     #[derive(Default)]
-    pub(crate) struct Recorder {
-        state: Mutex<(u32, BTreeMap<u32, Message>, BTreeMap<u32, bool>)>,
+    pub(crate) struct Recorder(Mutex<Vec<Line>>);
+
+    #[derive(Default)]
+    struct Line {
+        message: Message,
+        tied: bool,
     }
 
     impl Recorder {
+        /// Where the GSI leads, if an eventfd is tied to it.
         pub(crate) fn message(&self, gsi: u32) -> Option<Message> {
-            let state = self.state.lock().unwrap();
-            state.2.get(&gsi).copied().unwrap_or(false).then(|| state.1[&gsi])
+            self.0.lock().unwrap().get(gsi as usize).filter(|line| line.tied).map(|line| line.message)
         }
     }
 
     impl MessageRouter for Recorder {
         fn allocate(&self) -> Result<u32, Error> {
-            let mut state = self.state.lock().unwrap();
-            state.0 += 1;
-            Ok(state.0 - 1)
+            let mut lines = self.0.lock().unwrap();
+            lines.push(Line::default());
+            Ok(lines.len() as u32 - 1)
         }
         fn route(&self, gsi: u32, message: Message) -> Result<(), Error> {
-            self.state.lock().unwrap().1.insert(gsi, message);
+            self.0.lock().unwrap()[gsi as usize].message = message;
             Ok(())
         }
         fn connect(&self, gsi: u32, _: &EventFd) -> Result<(), Error> {
-            assert_eq!(self.state.lock().unwrap().2.insert(gsi, true).unwrap_or(false), false, "tied twice");
+            assert!(!std::mem::replace(&mut self.0.lock().unwrap()[gsi as usize].tied, true), "tied twice");
             Ok(())
         }
         fn disconnect(&self, gsi: u32, _: &EventFd) -> Result<(), Error> {
-            assert_eq!(self.state.lock().unwrap().2.insert(gsi, false), Some(true), "cut twice");
+            assert!(std::mem::replace(&mut self.0.lock().unwrap()[gsi as usize].tied, false), "cut twice");
             Ok(())
         }
     }

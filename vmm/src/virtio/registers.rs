@@ -55,7 +55,9 @@ impl QueueRegisters {
     /// alignment are not what the standard wants.
     pub fn areas(&self) -> Option<[(u64, u64); 3]> {
         let size = u64::from(self.size);
-        let aligned = self.descriptors % 16 == 0 && self.available % 2 == 0 && self.used % 4 == 0;
+        let aligned = self.descriptors.is_multiple_of(16)
+            && self.available.is_multiple_of(2)
+            && self.used.is_multiple_of(4);
         (self.size.is_power_of_two() && self.size <= self.max_size && aligned).then_some([
             (self.descriptors, 16 * size),
             (self.available, 6 + 2 * size),

@@ -31,7 +31,7 @@ const USED_INDEX: u64 = 2;
 pub enum Error {
     /// Nobody listens.
     #[error(
-        "cannot connect to the vhost-user backend at {path}: {source}; start the backend first and give its socket"
+        "cannot connect to the vhost-user backend at {path}; start the backend first and give the socket it listens on"
     )]
     Connect {
         /// The socket.
@@ -40,7 +40,9 @@ pub enum Error {
         source: io::Error,
     },
     /// The peer listens but does not answer as a backend does, or hung up.
-    #[error("the vhost-user backend at {path} failed at {step}: {source}; is another VMM connected to it?")]
+    #[error(
+        "the vhost-user backend at {path} failed at {step}; is it a backend, and is no other VMM connected to it?"
+    )]
     Message {
         /// The socket.
         path: PathBuf,
@@ -83,7 +85,7 @@ pub enum Error {
     #[error("a ring at {0:#x} is outside guest memory")]
     Ring(u64),
     /// A file or thread of the VMM itself.
-    #[error("cannot set up the connection to the vhost-user backend: {0}")]
+    #[error("cannot set up the connection to the vhost-user backend")]
     System(#[from] io::Error),
 }
 

@@ -91,8 +91,8 @@ pub enum Error {
     #[error(transparent)]
     Gsi(#[from] GsiError),
     /// Kick eventfds.
-    #[error("cannot make the eventfd of a queue: {0}")]
-    EventFd(std::io::Error),
+    #[error("cannot make the eventfd of a queue")]
+    EventFd(#[source] std::io::Error),
 }
 
 /// A virtio device as a PCI function.

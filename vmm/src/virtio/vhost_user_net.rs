@@ -25,6 +25,7 @@ use super::control_queue::{self, Command, ControlQueue};
 use super::net_options::NetOptions;
 use super::session::{Base, Error, Session};
 use super::{Activation, ConfigChange, Device, Queue};
+use crate::chain::Chain;
 use crate::memory::GuestMemory;
 
 /// How often a lost backend is tried.
@@ -111,7 +112,7 @@ impl Net {
 
     /// A call to the backend failed. The hang-up that follows is met in the event loop, where the rest is done.
     fn give_up(&self, error: &Error) {
-        tracing::warn!("{error}");
+        tracing::warn!("{}", Chain(error));
         if let Some(session) = &self.session {
             session.abandon();
         }
@@ -230,7 +231,7 @@ impl Net {
             Err(error) => {
                 // Said once for each loss: the next try is not far.
                 if !std::mem::replace(&mut self.complained, true) {
-                    tracing::warn!("{error}");
+                    tracing::warn!("{}", Chain(&error));
                 }
                 self.session = None;
                 false

@@ -1,0 +1,215 @@
+//! The program, with guests of a few instructions: from the first instruction to the exit status.
+//!
+//! They need /dev/kvm and say so where there is none. A software KVM is enough.
+
+use std::fs::OpenOptions;
+use std::io::{Read, Write};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// Instructions of the guests, for the 64-bit entry point.
+mod code {
+    /// Writes each byte to COM1.
+    pub(super) fn print(text: &[u8]) -> Vec<u8> {
+        let mut code = vec![0x66, 0xba, 0xf8, 0x03]; // mov dx, 0x3f8
+        for byte in text {
+            code.extend([0xb0, *byte, 0xee]); // mov al, byte; out dx, al
+        }
+        code
+    }
+
+    /// Writes one byte to a port, then halts for ever.
+    pub(super) fn out(port: u16, value: u8) -> Vec<u8> {
+        let [low, high] = port.to_le_bytes();
+        vec![0x66, 0xba, low, high, 0xb0, value, 0xee, 0xf4, 0xeb, 0xfd]
+    }
+
+    /// Switches the machine off through the ACPI sleep control register.
+    pub(super) fn power_off() -> Vec<u8> {
+        out(0x600, 0x34)
+    }
+
+    /// Sends back what COM1 receives, until a `q`; then switches off.
+    pub(super) fn echo() -> Vec<u8> {
+        let mut code = vec![
+            0x66, 0xba, 0xfd, 0x03, // again: mov dx, 0x3fd
+            0xec, 0xa8, 0x01, // in al, dx; test al, 1
+            0x74, 0xf7, // jz again
+            0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+            0xec, 0x3c, b'q', // in al, dx; cmp al, 'q'
+            0x74, 0x03, // je off
+            0xee, 0xeb, 0xeb, // out dx, al; jmp again
+        ];
+        code.extend(power_off());
+        code
+    }
+
+    /// There is no interrupt table: an invalid instruction is a triple fault.
+    pub(super) const CRASH: [u8; 2] = [0x0f, 0x0b];
+    /// Sleeps and is never woken.
+    pub(super) const SLEEP: [u8; 4] = [0xfa, 0xf4, 0xeb, 0xfd];
+}
+
+/// A bzImage whose kernel is `code`.
+fn image(code: &[u8]) -> tempfile::NamedTempFile {
+    let mut bytes = vec![0u8; 1024 + 0x200];
+    bytes[0x1f1] = 1; // one setup sector
+    bytes[0x202..0x206].copy_from_slice(b"HdrS");
+    bytes[0x206..0x208].copy_from_slice(&0x020fu16.to_le_bytes());
+    bytes[0x211] = 1; // loaded high
+    bytes[0x22c..0x230].copy_from_slice(&0x7fff_ffffu32.to_le_bytes()); // highest initrd address
+    bytes[0x236..0x238].copy_from_slice(&1u16.to_le_bytes()); // 64-bit entry
+    bytes[0x238..0x23c].copy_from_slice(&2047u32.to_le_bytes()); // longest command line
+    bytes.extend(code);
+    bytes.resize(1024 + 0x2000, 0xf4);
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(&bytes).unwrap();
+    file
+}
+
+fn vmm() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ivcpu-vmm"));
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// Whether there is a KVM to run guests with; says so if not.
+fn has_kvm(test: &str) -> bool {
+    let there = OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
+    if !there {
+        // Not through the test harness, which would swallow it.
+        let _ = writeln!(std::io::stderr(), "SKIPPED {test}: no usable /dev/kvm");
+    }
+    there
+}
+
+fn boot(code: &[u8], more: &[&str]) -> Output {
+    let kernel = image(code);
+    let words = [&["--kernel", kernel.path().to_str().unwrap(), "--memory", "size=64M"], more].concat();
+    vmm().args(words).output().unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn wait_within(child: &mut Child, limit: Duration) -> i32 {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status.code().expect("killed by a signal: nothing was put back");
+        }
+        assert!(Instant::now() < deadline, "still running");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_guest_prints_and_switches_off() {
+    if !has_kvm("a_guest_prints_and_switches_off") {
+        return;
+    }
+    let output = boot(&[code::print(b"hello\nworld"), code::power_off()].concat(), &["--cpus", "boot=2"]);
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "hello\nworld", "{}", stderr(&output));
+    assert_eq!(stderr(&output), "ivcpu-vmm: guest powered off\n");
+    assert_eq!(output.status.code(), Some(0));
+}
+
+#[test]
+fn a_reset_ends_the_process_in_order() {
+    if !has_kvm("a_reset_ends_the_process_in_order") {
+        return;
+    }
+    for (port, value) in [(0xcf9, 6), (0x64, 0xfe)] {
+        let output = boot(&code::out(port, value), &[]);
+        assert!(stderr(&output).starts_with("ivcpu-vmm: guest rebooted"), "{}", stderr(&output));
+        assert_eq!(output.status.code(), Some(0));
+    }
+}
+
+#[test]
+fn a_crash_is_not_a_success() {
+    if !has_kvm("a_crash_is_not_a_success") {
+        return;
+    }
+    let output = boot(&code::CRASH, &[]);
+    assert!(stderr(&output).contains("vCPU 0"), "{}", stderr(&output));
+    assert_eq!(output.status.code(), Some(1));
+}
+
+#[test]
+fn the_console_echoes_a_pipe_and_survives_its_end() {
+    if !has_kvm("the_console_echoes_a_pipe_and_survives_its_end") {
+        return;
+    }
+    let kernel = image(&code::echo());
+    let mut child = vmm().arg("--kernel").arg(kernel.path()).stdin(Stdio::piped()).spawn().unwrap();
+    let text = "a line longer than the 64 bytes that the receive buffer of the serial port holds at once\n";
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(text.as_bytes()).unwrap();
+    stdin.write_all(b"q").unwrap();
+    drop(stdin);
+    assert_eq!(wait_within(&mut child, Duration::from_secs(20)), 0);
+    let mut heard = String::new();
+    child.stdout.take().unwrap().read_to_string(&mut heard).unwrap();
+    assert_eq!(heard, text);
+}
+
+#[test]
+fn a_signal_wakes_a_sleeping_guest_and_ends_it() {
+    if !has_kvm("a_signal_wakes_a_sleeping_guest_and_ends_it") {
+        return;
+    }
+    for (signal, status) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
+        let kernel = image(&[code::print(b"asleep\n"), code::SLEEP.to_vec()].concat());
+        let mut child = vmm().arg("--kernel").arg(kernel.path()).args(["--cpus", "boot=3"]).spawn().unwrap();
+        let mut line = [0; 7];
+        child.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
+        kill(Pid::from_raw(child.id() as i32), signal).unwrap();
+        assert_eq!(wait_within(&mut child, Duration::from_secs(5)), status);
+    }
+}
+
+#[test]
+fn serial_output_goes_where_it_is_told() {
+    if !has_kvm("serial_output_goes_where_it_is_told") {
+        return;
+    }
+    let code = [code::print(b"noted"), code::power_off()].concat();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let mode = format!("file={}", file.path().display());
+    assert!(boot(&code, &["--serial", &mode]).stdout.is_empty());
+    assert_eq!(std::fs::read(file.path()).unwrap(), b"noted");
+    for mode in ["null", "off"] {
+        let output = boot(&code, &["--serial", mode]);
+        assert!(output.stdout.is_empty() && output.status.success(), "{mode}");
+    }
+}
+
+#[test]
+fn an_ivcpu_is_one_vcpu_more() {
+    let online = ivcpu_vmm::pin::online().unwrap();
+    if !has_kvm("an_ivcpu_is_one_vcpu_more") {
+        return;
+    }
+    let pcpu = online.last().unwrap();
+    let kernel = image(&[code::print(b"asleep\n"), code::SLEEP.to_vec()].concat());
+    let affinity = format!("affinity=[{pcpu}]");
+    let mut child = vmm().arg("--kernel").arg(kernel.path()).args(["--ivcpu", &affinity]).spawn().unwrap();
+    let mut line = [0; 7];
+    child.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
+    let names: Vec<_> = std::fs::read_dir(format!("/proc/{}/task", child.id()))
+        .unwrap()
+        .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok())
+        .map(|name| name.trim().to_owned())
+        .collect();
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
+    wait_within(&mut child, Duration::from_secs(5));
+    for name in ["vcpu0", "ivcpu"] {
+        assert!(names.iter().any(|there| there == name), "{name} among {names:?}");
+    }
+    assert!(!names.iter().any(|there| there == "vcpu1"), "{names:?}");
+}
