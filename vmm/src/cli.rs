@@ -68,6 +68,10 @@ pub struct RunOptions {
     /// affinity names the pCPU it has to itself, host_irqs the host interrupts that go there while the VM runs
     #[arg(long, value_name = "OPTIONS")]
     pub ivcpu: Option<IvcpuOptions>,
+
+    /// Count the VM's exits per physical CPU and reason, and print them when it ends: table or json (needs root)
+    #[arg(long, value_name = "FORMAT")]
+    pub exits: Option<exits::lifetime::Format>,
 }
 
 impl From<RunOptions> for MachineOptions {
@@ -83,6 +87,7 @@ impl From<RunOptions> for MachineOptions {
             ivcpu: options.ivcpu,
             net: options.net,
             serial: options.serial,
+            exits: options.exits,
         }
     }
 }

@@ -13,6 +13,7 @@ use nix::sys::signalfd::SignalFd;
 use crate::affinity::{self, HostIrqs};
 use crate::boot::{acpi, cpuid, kernel, mtrr, registers};
 use crate::devices::Devices;
+use crate::exits::{self, lifetime::Lifetime};
 use crate::gsi::{self, KvmRouter, MessageRouter};
 use crate::ivcpu::{self, IvcpuOptions};
 use crate::memory::{self, GuestMemory, MemoryOptions};
@@ -48,6 +49,8 @@ pub struct MachineOptions {
     pub net: Vec<NetOptions>,
     /// The serial port.
     pub serial: SerialMode,
+    /// Whether and how the VM's exits are counted and printed when it ends.
+    pub exits: Option<exits::lifetime::Format>,
 }
 
 /// What can go wrong before a VM runs.
@@ -116,6 +119,9 @@ pub enum Error {
     /// The host's interrupts.
     #[error(transparent)]
     HostIrqs(#[from] affinity::Error),
+    /// The count of exits.
+    #[error(transparent)]
+    Exits(#[from] exits::Error),
     /// Signals, threads and event files of the VMM itself.
     #[error("cannot {step}")]
     System {
@@ -138,6 +144,7 @@ pub struct Machine {
     signals: SignalFd,
     end: Arc<EndSignal>,
     interactive: bool,
+    exits: Option<exits::lifetime::Format>,
     /// Restores the host's interrupts when the VM has ended.
     _host_irqs: Option<HostIrqs>,
     _vm: Arc<VmFd>,
@@ -191,6 +198,7 @@ impl Machine {
             signals,
             end: Arc::new(EndSignal::new().map_err(system("make an eventfd"))?),
             interactive: options.serial == SerialMode::Tty,
+            exits: options.exits,
             _host_irqs: move_host_irqs(options.ivcpu.as_ref())?,
             _vm: vm,
             _memory: memory,
@@ -224,6 +232,7 @@ impl Machine {
             events.add_subscriber(Box::new(net));
         }
 
+        let counting = self.exits.map(Lifetime::start).transpose()?;
         let mut running = Vec::new();
         for vcpu in std::mem::take(&mut self.vcpus) {
             let started = vcpu.start(Arc::clone(&self.devices), Arc::clone(&self.end));
@@ -246,6 +255,7 @@ impl Machine {
                 Err(error) => break Err(Error::Events(error)),
             }
         };
+        let report = counting.as_ref().map(Lifetime::report);
         // A vCPU that did not stop may be the one that holds the console.
         if stop(running)
             && let Some(port) = &self.devices.serial
@@ -253,6 +263,9 @@ impl Machine {
             port.flush();
         }
         drop(raw_mode);
+        if let Some(report) = report {
+            print!("{}", report?);
+        }
         ending
     }
 }

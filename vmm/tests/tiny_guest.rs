@@ -8,6 +8,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
+use nix::sys::termios::{LocalFlags, tcgetattr};
 use nix::unistd::Pid;
 
 /// Instructions of the guests, for the 64-bit entry point.
@@ -212,4 +213,23 @@ fn an_ivcpu_is_one_vcpu_more() {
         assert!(names.iter().any(|there| there == name), "{name} among {names:?}");
     }
     assert!(!names.iter().any(|there| there == "vcpu1"), "{names:?}");
+}
+
+#[test]
+fn the_terminal_is_put_back() {
+    if !has_kvm("the_terminal_is_put_back") {
+        return;
+    }
+    let pty = nix::pty::openpty(None, None).unwrap();
+    let cooked = tcgetattr(&pty.slave).unwrap();
+    let kernel = image(&[code::print(b"asleep\n"), code::SLEEP.to_vec()].concat());
+    let stdin = Stdio::from(pty.slave.try_clone().unwrap());
+    let mut child = vmm().arg("--kernel").arg(kernel.path()).stdin(stdin).spawn().unwrap();
+    let mut line = [0; 7];
+    child.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
+    let raw = tcgetattr(&pty.slave).unwrap();
+    assert!(!raw.local_flags.intersects(LocalFlags::ICANON | LocalFlags::ECHO | LocalFlags::ISIG));
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
+    wait_within(&mut child, Duration::from_secs(5));
+    assert_eq!(tcgetattr(&pty.slave).unwrap(), cooked);
 }

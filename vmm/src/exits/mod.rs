@@ -13,6 +13,7 @@ mod stats;
 mod trace;
 
 pub mod command;
+pub mod lifetime;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;

@@ -403,19 +403,5 @@ fn watch_hang_up(net: &Net, ops: &mut EventOps) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_offer_is_what_backend_and_vmm_have_together() {
-        let all = u64::MAX;
-        assert_eq!(offer(all, 1) & mask(&[VIRTIO_NET_F_MQ]), 0, "one pair needs no MQ");
-        assert_ne!(offer(all, 2) & mask(&[VIRTIO_NET_F_MQ]), 0);
-        assert_eq!(offer(0, 2), mask(FROM_VMM));
-        assert_eq!(
-            offer(all, 2) & mask(&[VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, 34, 33]),
-            0,
-            "no packed ring, no IOMMU"
-        );
-    }
-}
+#[path = "vhost_user_net_test.rs"]
+mod tests;

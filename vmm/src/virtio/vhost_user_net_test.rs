@@ -1,0 +1,304 @@
+//! The device against a scripted backend: what it is told, and what happens when it goes and comes back.
+
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::{self, JoinHandle};
+
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::*;
+
+const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
+const MQ: u64 = 1 << VIRTIO_NET_F_MQ;
+const PROTOCOL_FEATURES: u64 = 1 << 30;
+const PROTOCOL_MQ_AND_ACK: u64 = 0b1001;
+
+const GET_FEATURES: u32 = 1;
+const SET_FEATURES: u32 = 2;
+const SET_VRING_BASE: u32 = 10;
+const GET_VRING_BASE: u32 = 11;
+const GET_PROTOCOL_FEATURES: u32 = 15;
+const GET_QUEUE_NUM: u32 = 17;
+const SET_VRING_ENABLE: u32 = 18;
+
+/// A message as it arrived: request, and its payload as 32-bit words.
+type Message = (u32, Vec<u32>);
+
+/// A backend that answers as the protocol wants and notes what it was told.
+struct Backend {
+    heard: Receiver<Message>,
+    stream: UnixStream,
+    thread: JoinHandle<()>,
+}
+
+impl Backend {
+    /// Accepts one frontend while `connect` runs.
+    fn accept<T>(
+        listener: &UnixListener,
+        features: u64,
+        queues: u64,
+        connect: impl FnOnce() -> T,
+    ) -> (Self, T) {
+        let listener = listener.try_clone().unwrap();
+        let (stream_out, stream_in) = channel();
+        let (tell, heard) = channel();
+        let thread = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream_out.send(stream.try_clone().unwrap()).unwrap();
+            while let Ok((request, flags, payload)) = receive(&mut stream) {
+                let words = payload
+                    .chunks_exact(4)
+                    .map(|word| u32::from_le_bytes(word.try_into().unwrap()))
+                    .collect();
+                let _ = tell.send((request, words));
+                let answer = match request {
+                    GET_FEATURES => Some((features | PROTOCOL_FEATURES).to_le_bytes().to_vec()),
+                    GET_PROTOCOL_FEATURES => Some(PROTOCOL_MQ_AND_ACK.to_le_bytes().to_vec()),
+                    GET_QUEUE_NUM => Some(queues.to_le_bytes().to_vec()),
+                    GET_VRING_BASE => Some(payload),
+                    // An acknowledgement, where one is asked for.
+                    _ => (flags & 8 != 0).then(|| 0u64.to_le_bytes().to_vec()),
+                };
+                if let Some(body) = answer {
+                    let header = [request, 5, body.len() as u32].map(u32::to_le_bytes).concat();
+                    stream.write_all(&[header, body].concat()).unwrap();
+                }
+            }
+        });
+        let result = connect();
+        (Self { heard, stream: stream_in.recv().unwrap(), thread }, result)
+    }
+
+    /// What was heard since the last time, of this request.
+    fn heard(&self, wanted: u32) -> Vec<Vec<u32>> {
+        self.heard.try_iter().filter(|(request, _)| *request == wanted).map(|(_, words)| words).collect()
+    }
+
+    fn die(self) {
+        self.stream.shutdown(std::net::Shutdown::Both).unwrap();
+        self.thread.join().unwrap();
+    }
+}
+
+fn receive(stream: &mut UnixStream) -> std::io::Result<(u32, u32, Vec<u8>)> {
+    let mut header = [0; 12];
+    stream.read_exact(&mut header)?;
+    let [request, flags, size] =
+        [0, 4, 8].map(|at| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]));
+    let mut payload = vec![0; size as usize];
+    stream.read_exact(&mut payload)?;
+    Ok((request, flags, payload))
+}
+
+fn eventfd() -> EventFd {
+    EventFd::new(libc::EFD_NONBLOCK).unwrap()
+}
+
+fn queue(index: u16) -> Queue {
+    let base = 0x1_0000 + 0x4000 * u64::from(index);
+    Queue {
+        index,
+        size: 16,
+        descriptors: base,
+        available: base + 0x1000,
+        used: base + 0x2000,
+        kick: eventfd(),
+        call: eventfd(),
+    }
+}
+
+struct Rig {
+    directory: tempfile::TempDir,
+    listener: UnixListener,
+    memory: GuestMemory,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(directory.path().join("socket")).unwrap();
+        Self { directory, listener, memory: crate::memory::allocate(32 << 20).unwrap() }
+    }
+
+    fn socket(&self) -> std::path::PathBuf {
+        self.directory.path().join("socket")
+    }
+
+    fn connect(&self, pairs: u16, features: u64, queues: u64) -> (Backend, Result<VhostUserNet, Error>) {
+        let text = format!("vhost_user=true,socket={},num_queues={}", self.socket().display(), 2 * pairs);
+        let options = text.parse().unwrap();
+        Backend::accept(&self.listener, features, queues, || VhostUserNet::new(options, self.memory.clone()))
+    }
+}
+
+fn activate(
+    net: &VhostUserNet,
+    features: u64,
+    queues: Vec<Queue>,
+) -> (Arc<ConfigChange>, Vec<(EventFd, EventFd)>) {
+    let config_change = Arc::<ConfigChange>::default();
+    let files = queues.iter().map(|q| (q.kick.try_clone().unwrap(), q.call.try_clone().unwrap())).collect();
+    let mut net = net.clone();
+    net.activate(Activation { features, queues, config_change: Arc::clone(&config_change) });
+    (config_change, files)
+}
+
+fn status(net: &VhostUserNet) -> u32 {
+    let mut status = [0; 2];
+    net.read_config(6, &mut status);
+    u32::from(u16::from_le_bytes(status))
+}
+
+#[test]
+fn a_fresh_driver_starts_at_zero_with_one_pair() {
+    let rig = Rig::new();
+    let (backend, net) = rig.connect(2, VERSION_1 | MQ, 4);
+    let net = net.unwrap();
+    assert_ne!(net.features() & MQ, 0);
+    // A used index that somebody left in memory means nothing to a fresh driver.
+    rig.memory.write_obj(77u16, GuestAddress(0x1_2002)).unwrap();
+    activate(&net, VERSION_1 | MQ, (0..5).map(queue).collect());
+    let heard: Vec<_> = backend.heard.try_iter().collect();
+    let of = |wanted| {
+        heard.iter().filter(|(request, _)| *request == wanted).map(|(_, w)| w.clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        of(SET_VRING_BASE),
+        [[0, 0], [1, 0], [2, 0], [3, 0]],
+        "the control queue is not the backend's"
+    );
+    assert_eq!(of(SET_VRING_ENABLE), [[0, 1], [1, 1], [2, 0], [3, 0]]);
+    let agreed = of(SET_FEATURES);
+    assert_eq!(u64::from(agreed[0][0]) | u64::from(agreed[0][1]) << 32, VERSION_1 | MQ | PROTOCOL_FEATURES);
+    assert!(net.serves(4) && !net.serves(2));
+}
+
+#[test]
+fn pairs_are_switched_on_and_off_at_the_backend() {
+    let rig = Rig::new();
+    let (backend, net) = rig.connect(2, VERSION_1 | MQ, 4);
+    let net = net.unwrap();
+    activate(&net, VERSION_1 | MQ, (0..5).map(queue).collect());
+    backend.heard(0);
+    assert!(net.lock().command(Command::Pairs(2)));
+    assert_eq!(backend.heard(SET_VRING_ENABLE), [[2, 1], [3, 1]]);
+    assert!(net.lock().command(Command::Pairs(1)));
+    assert_eq!(backend.heard(SET_VRING_ENABLE), [[2, 0], [3, 0]]);
+    for wrong in [0, 3, u16::MAX] {
+        assert!(!net.lock().command(Command::Pairs(wrong)), "{wrong}");
+    }
+}
+
+#[test]
+fn a_backend_that_comes_back_goes_on_at_the_used_index() {
+    let rig = Rig::new();
+    let (backend, net) = rig.connect(1, VERSION_1, 2);
+    let net = net.unwrap();
+    let announce = 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
+    let (config_change, files) = activate(&net, VERSION_1 | announce, (0..2).map(queue).collect());
+    assert_eq!(status(&net), VIRTIO_NET_S_LINK_UP);
+    backend.die();
+    for round in 1..=3u16 {
+        net.lock().lost();
+        assert_eq!(status(&net), 0, "link down");
+        rig.memory.write_obj(100 * round, GuestAddress(0x1_2002)).unwrap();
+        rig.memory.write_obj(100 * round + 1, GuestAddress(0x1_6002)).unwrap();
+        let (next, resumed) = Backend::accept(&rig.listener, VERSION_1, 2, || net.lock().resume());
+        resumed.unwrap();
+        let bases = next.heard(SET_VRING_BASE);
+        assert_eq!(bases, [[0, 100 * u32::from(round)], [1, 100 * u32::from(round) + 1]]);
+        for (kick, call) in &files {
+            assert_eq!(
+                (kick.read().unwrap(), call.read().unwrap()),
+                (1, 1),
+                "each ring is kicked and called"
+            );
+        }
+        assert_eq!(status(&net), VIRTIO_NET_S_LINK_UP | VIRTIO_NET_S_ANNOUNCE);
+        assert_eq!(config_change.generation() as u16, 2 * round);
+        assert!(net.lock().command(Command::AnnounceAck));
+        next.die();
+    }
+}
+
+#[test]
+fn a_driver_that_comes_while_the_backend_is_away_gets_the_next_one() {
+    let rig = Rig::new();
+    let (backend, net) = rig.connect(1, VERSION_1, 2);
+    let net = net.unwrap();
+    backend.die();
+    net.lock().lost();
+    activate(&net, VERSION_1, (0..2).map(queue).collect());
+    let (next, resumed) = Backend::accept(&rig.listener, VERSION_1, 2, || net.lock().resume());
+    resumed.unwrap();
+    assert_eq!(next.heard(SET_VRING_BASE), [[0, 0], [1, 0]]);
+}
+
+#[test]
+fn a_backend_that_comes_back_with_less_is_not_taken() {
+    let rig = Rig::new();
+    let csum = 1 << VIRTIO_NET_F_CSUM;
+    let (backend, net) = rig.connect(1, VERSION_1 | csum, 2);
+    let net = net.unwrap();
+    activate(&net, VERSION_1 | csum, (0..2).map(queue).collect());
+    backend.die();
+    net.lock().lost();
+    let (_less, resumed) = Backend::accept(&rig.listener, VERSION_1, 2, || net.lock().resume());
+    assert!(matches!(resumed, Err(Error::Changed { missing, .. }) if missing == csum));
+    assert_eq!(status(&net), 0);
+}
+
+#[test]
+fn reset_takes_the_rings_back() {
+    let rig = Rig::new();
+    let (backend, net) = rig.connect(1, VERSION_1, 2);
+    let mut net = net.unwrap();
+    activate(&net, VERSION_1, (0..2).map(queue).collect());
+    net.reset();
+    assert_eq!(backend.heard(GET_VRING_BASE), [[0, 0], [1, 0]]);
+    net.reset();
+    assert!(backend.heard(GET_VRING_BASE).is_empty(), "once");
+    activate(&net, VERSION_1, (0..2).map(queue).collect());
+    assert_eq!(backend.heard(SET_VRING_BASE).len(), 2, "the next driver gets them");
+}
+
+#[test]
+fn backends_may_count_rings_or_pairs_but_must_have_enough() {
+    let rig = Rig::new();
+    for (queues, works) in [(4, true), (2, true), (1, false)] {
+        let (_backend, net) = rig.connect(2, VERSION_1 | MQ, queues);
+        assert_eq!(net.is_ok(), works, "{queues}");
+        if let Ok(net) = net {
+            activate(&net, VERSION_1 | MQ, (0..5).map(queue).collect());
+            assert!(net.lock().session.as_ref().unwrap().offered() & VERSION_1 != 0);
+        }
+    }
+    let (_backend, old) = rig.connect(1, 0, 2);
+    assert!(matches!(old, Err(Error::Lacks { .. })), "no VERSION_1");
+    let (_backend, single) = rig.connect(2, VERSION_1, 4);
+    assert!(matches!(single, Err(Error::Lacks { .. })), "no MQ");
+}
+
+#[test]
+fn an_absent_socket_is_said_to_be_absent() {
+    let text = "vhost_user=true,socket=/nonexistent/socket";
+    let memory = crate::memory::allocate(32 << 20).unwrap();
+    let error = VhostUserNet::new(text.parse().unwrap(), memory).err().unwrap();
+    assert!(matches!(error, Error::Connect { path, .. } if path == Path::new("/nonexistent/socket")));
+}
+
+#[test]
+fn the_offer_is_what_backend_and_vmm_have_together() {
+    let all = u64::MAX;
+    assert_eq!(offer(all, 1) & mask(&[VIRTIO_NET_F_MQ]), 0, "one pair needs no MQ");
+    assert_ne!(offer(all, 2) & mask(&[VIRTIO_NET_F_MQ]), 0);
+    assert_eq!(offer(0, 2), mask(FROM_VMM));
+    assert_eq!(
+        offer(all, 2) & mask(&[VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, 34, 33]),
+        0,
+        "no packed ring, no IOMMU"
+    );
+}
