@@ -48,7 +48,7 @@ pub struct RunOptions {
     #[arg(long, value_name = "TEXT", default_value = "console=ttyS0 panic=-1", allow_hyphen_values = true)]
     pub cmdline: String,
 
-    /// RAM: size=SIZE[,shared=on]
+    /// RAM: size=SIZE[,shared=on][,hugepages=on|off]
     #[arg(long, value_name = "OPTIONS", default_value = "size=512M")]
     pub memory: MemoryOptions,
 
