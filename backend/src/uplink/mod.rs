@@ -3,6 +3,7 @@
 //! An uplink is opened once for the life of the program, as one [`Pair`] a queue pair; each pair belongs to the poll
 //! thread of its queue pair for the time of a session.
 
+pub mod batch;
 pub mod pair;
 pub mod tap;
 
