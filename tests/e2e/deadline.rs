@@ -1,8 +1,13 @@
 //! Faults of the emulation end in a clear error, never in a hang or a result.
 
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use ivcpu_lab::emulated_host::{EmulatedHost, Error, Input, Options};
 use ivcpu_lab::provision::Provision;
 use ivcpu_lab::trial;
@@ -55,4 +60,34 @@ fn a_command_beyond_its_deadline_is_ended() -> Result<()> {
         host.run(&sleep, Input::Empty, Some(Duration::from_secs(2)), |_, _| ()).expect_err("it sleeps on");
     assert!(matches!(error, Error::Deadline(..)), "{error}");
     Ok(())
+}
+
+#[test]
+fn a_killed_lab_leaves_no_emulated_host() -> Result<()> {
+    let mut lab = Command::new(env!("CARGO_BIN_EXE_ivcpu-lab"))
+        .args(["shell", "--", "sh", "-c", "echo up; sleep 600"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut said = String::new();
+    let output = lab.stdout.take().context("the lab's standard output")?;
+    BufReader::new(output).read_line(&mut said)?;
+    let hosts = children(lab.id());
+    lab.kill()?;
+    lab.wait()?;
+    ensure!(said == "up\n", "the lab said {said:?}");
+    ensure!(!hosts.is_empty(), "the lab had no child");
+    let start = Instant::now();
+    while hosts.iter().any(|host| Path::new("/proc").join(host).exists()) {
+        ensure!(start.elapsed() < Duration::from_secs(30), "{hosts:?} outlived the lab");
+        thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+/// Process ids of the children of every thread of `process`.
+fn children(process: u32) -> Vec<String> {
+    let threads = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+    let lists = threads.filter_map(|thread| fs::read_to_string(thread.path().join("children")).ok());
+    lists.flat_map(|list| list.split_whitespace().map(String::from).collect::<Vec<_>>()).collect()
 }

@@ -90,7 +90,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         // 15 s is ample on an idle machine; this one may be building something else.
-        Self { ready: Duration::from_secs(40), kernel_words: String::new() }
+        Self { ready: Duration::from_secs(60), kernel_words: String::new() }
     }
 }
 
