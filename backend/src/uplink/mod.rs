@@ -41,7 +41,7 @@ pub fn open(kind: &UplinkKind, queue_pairs: usize) -> Result<(Offloads, Vec<Pair
     Ok(match kind {
         UplinkKind::Tap(name) => {
             let (tap, pairs) = Tap::open(name, queue_pairs)?;
-            (Offloads(Some(Arc::new(tap))), pairs.into_iter().map(Pair::Tap).collect())
+            (Offloads(Some(Arc::new(tap))), pairs.into_iter().map(Box::new).map(Pair::Tap).collect())
         }
         UplinkKind::Null => of(&|| Pair::Null),
         UplinkKind::Loop => of(&|| Pair::Loop(Loop::default())),

@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_net::*;
 
 use crate::device::header_length;
@@ -101,7 +102,7 @@ impl Tap {
             bring_up(name).map_err(|error| setup("link up", error))?;
         }
         let tap = Tap { name: name.to_owned(), control };
-        tap.negotiated(u64::MAX & !offload_features())?;
+        tap.negotiated(1 << VIRTIO_F_VERSION_1)?;
         Ok((tap, queues.into_iter().map(|queue| TapPair::new(queue, multi_queue)).collect()))
     }
 
@@ -135,13 +136,6 @@ impl Tap {
             unsafe { libc::ioctl(self.control.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const header) };
         check(result).map_err(|error| setup("TUNSETVNETHDRSZ", error))
     }
-}
-
-/// Feature bits that make the kernel give us unfinished frames.
-fn offload_features() -> u64 {
-    [VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_ECN]
-        .iter()
-        .fold(0, |all, bit| all | 1 << bit)
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {
