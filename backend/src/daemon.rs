@@ -8,6 +8,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -133,7 +134,8 @@ pub fn serve(options: &Options, quit: &Quit) -> Result<(), Error> {
     affinity::check(pcpus)?;
     let (offloads, pairs) = uplink::open(kind, queue_pairs)?;
     let stats = Arc::new(Stats::new(queue_pairs));
-    // Dropped, and so removed, at the end.
+    // Both sockets are dropped, and so removed, at the end.
+    let claimed = options.socket_path.as_deref().map(Claimed::bind).transpose()?;
     let _stats_socket = match &options.stats_socket {
         Some(path) => Some(serve_stats(path, &stats)?),
         None => None,
@@ -145,13 +147,9 @@ pub fn serve(options: &Options, quit: &Quit) -> Result<(), Error> {
         quit.set_frontend(None);
         Ok(result?)
     };
-    let claimed;
     let inherited;
-    let listener = match (&options.socket_path, options.fd) {
-        (Some(path), _) => {
-            claimed = Claimed::bind(path)?;
-            claimed.listener()
-        }
+    let listener = match (&claimed, options.fd) {
+        (Some(claimed), _) => claimed.listener(),
         (None, Some(fd)) => match door::inherit(fd)? {
             Inherited::Connected(frontend) => return serve(frontend),
             Inherited::Listening(listener) => {
@@ -162,8 +160,14 @@ pub fn serve(options: &Options, quit: &Quit) -> Result<(), Error> {
         (None, None) => return Ok(()),
     };
     while quit.wait_for(listener).map_err(system("wait for a frontend"))? {
-        let (frontend, _) = listener.accept().map_err(system("accept a frontend"))?;
-        serve(frontend)?;
+        match listener.accept() {
+            Ok((frontend, _)) => serve(frontend)?,
+            // Out of descriptors or memory: that passes, and the frontend is still waiting.
+            Err(error) => {
+                tracing::warn!("cannot accept a frontend: {error}");
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Counters, and the socket that shows them.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -106,7 +106,9 @@ impl Stats {
                 connection.write_all(serde_json::to_string(self)?.as_bytes())?;
                 connection.write_all(b"\n")
             });
-            if let Err(error) = answer {
+            if let Err(error) = answer
+                && error.kind() != ErrorKind::BrokenPipe
+            {
                 tracing::warn!("cannot answer on the stats socket: {error}");
                 // Out of descriptors, for one, would come back at once.
                 std::thread::sleep(Duration::from_millis(10));

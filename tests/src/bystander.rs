@@ -92,12 +92,11 @@ mod tests {
 
     #[test]
     fn iterations_grow_on_every_cpu() {
-        let bystander = Bystander::start(&[0, 0], false).expect("CPU 0 exists");
-        let first = bystander.iterations();
-        let deadline = Instant::now() + Duration::from_secs(60);
-        let grown = |now: &[u64]| first.iter().zip(now).all(|(first, now)| now > first);
-        while !grown(&bystander.iterations()) {
-            assert!(Instant::now() < deadline, "still {:?} after {first:?}", bystander.iterations());
+        let bystander = Bystander::start(&[0, 0], true).expect("CPU 0 exists");
+        let start = Instant::now();
+        // A yielding one may wait long on a machine that builds.
+        while bystander.iterations().iter().any(|iterations| *iterations < 10 * BATCH) {
+            assert!(start.elapsed() < Duration::from_secs(60), "{:?}", bystander.iterations());
             thread::sleep(Duration::from_millis(10));
         }
     }

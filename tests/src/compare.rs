@@ -10,8 +10,8 @@ use anyhow::{Context, bail};
 use crate::emulated_host::{self, EmulatedHost, Input, Options};
 use crate::figures::{self, Load};
 use crate::image::prepare_guest;
-use crate::in_host::measure::{Measured, Plan, Setup, measure};
-use crate::in_host::{Host, Layout, Vmm};
+use crate::in_host::measure::{Measured, Plan, measure, positive};
+use crate::in_host::{Host, Layout, Setup, Vmm};
 use crate::pcpu;
 use crate::provision::{Kernel, Provision};
 use crate::report;
@@ -44,13 +44,6 @@ pub struct CompareOptions {
     /// On this machine itself, which needs VMX or SVM, five CPUs and root
     #[arg(long)]
     pub native: bool,
-}
-
-fn positive(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(seconds) if seconds.is_finite() && seconds > 0.0 => Ok(seconds),
-        _ => Err("a number of seconds above 0".into()),
-    }
 }
 
 /// Measures everything and prints it; false when a case failed.
@@ -241,11 +234,7 @@ fn measure_inside(
     host: &mut EmulatedHost,
     plan: &Plan,
 ) -> Result<anyhow::Result<Measured>, emulated_host::Error> {
-    let words = match serde_json::to_string(plan) {
-        Ok(text) => ["ivcpu-lab".to_owned(), "measure".to_owned(), text],
-        Err(error) => return Ok(Err(error.into())),
-    };
-    let run = host.command(words);
+    let run = host.command(["ivcpu-lab".to_owned(), "measure".to_owned()].into_iter().chain(plan.words()));
     let windows = (1 + plan.workloads.len()) * plan.windows;
     let deadline = Duration::from_secs_f64(120.0 + windows as f64 * (plan.seconds * 3.0 + 10.0));
     let (mut output, mut errors) = (Vec::new(), Vec::new());
@@ -287,7 +276,7 @@ impl Outcomes {
                 let (figures, error) = match outcome {
                     Ok(measured) => {
                         let load = measured.workloads.get(index).cloned().unwrap_or_default();
-                        (figures::of_load(&load, &measured.control, &plan.setup.roles()), None)
+                        (figures::of_load(&load, &measured.control, &measured.roles), None)
                     }
                     Err(error) => (Figures::default(), Some(error.clone())),
                 };
@@ -353,7 +342,7 @@ mod tests {
     fn measured(plan: &Plan, bytes: u64) -> Measured {
         let window = Window { seconds: 1.0, bytes, ..Window::default() };
         let load = Load { windows: vec![window; plan.windows], bytes_verified: Some(bytes) };
-        Measured { control: load.clone(), workloads: vec![load; plan.workloads.len()] }
+        Measured { roles: vec![], control: load.clone(), workloads: vec![load; plan.workloads.len()] }
     }
 
     fn facts() -> HostFacts {

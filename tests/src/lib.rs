@@ -18,4 +18,5 @@ pub mod report;
 pub mod result;
 pub mod shell;
 pub mod traffic;
+pub mod trial;
 pub mod workspace;

@@ -2,13 +2,11 @@
 
 use std::process::ExitCode;
 
-use anyhow::Context;
 use clap::{Parser, Subcommand};
 use ivcpu_lab::compare::{CompareOptions, compare};
 use ivcpu_lab::guest;
 use ivcpu_lab::in_host::Host;
 use ivcpu_lab::in_host::agent;
-use ivcpu_lab::in_host::drive::{DriveOptions, drive};
 use ivcpu_lab::in_host::measure::{Plan, measure};
 use ivcpu_lab::provision::{Kernel, Provision};
 use ivcpu_lab::shell;
@@ -44,14 +42,8 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
-    /// Inside the emulated host (or natively): one guest, one kind of traffic, a few figures
-    Drive(DriveOptions),
-    /// Inside the emulated host: measure one VM
-    #[command(hide = true)]
-    Measure {
-        /// The plan, as JSON
-        plan: String,
-    },
+    /// Inside the emulated host (`cargo lab shell`): measure one VM, and print what its windows saw as JSON
+    Measure(Plan),
     /// Inside the emulated host: serve the lab
     #[command(hide = true)]
     Agent,
@@ -82,11 +74,9 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             let complete = compare(&Workspace::locate()?, &options)?;
             return Ok(if complete { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
-        Command::Measure { plan } => {
-            let plan: Plan = serde_json::from_str(&plan).context("reading the plan")?;
+        Command::Measure(plan) => {
             println!("{}", serde_json::to_string(&measure(&mut Host::emulated()?, &plan)?)?);
         }
-        Command::Drive(options) => println!("{}", serde_json::to_string_pretty(&drive(&options)?)?),
         Command::Provision { kernels } => provision(&Workspace::locate()?, &kernels)?,
         Command::Shell { command } => {
             let status = shell::shell(&Workspace::locate()?, &command)?;

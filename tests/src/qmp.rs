@@ -71,6 +71,17 @@ impl Qmp {
         Ok(cpus.into_iter().map(|cpu| cpu.thread).collect())
     }
 
+    /// Why the machine shut down, as far as QEMU has said by the time it closes the connection.
+    pub fn shutdown_reason(&mut self) -> Option<String> {
+        while let Ok(line) = self.line() {
+            let event: Value = serde_json::from_str(&line).ok()?;
+            if event["event"] == "SHUTDOWN" {
+                return Some(event["data"]["reason"].as_str()?.into());
+            }
+        }
+        None
+    }
+
     fn execute(&mut self, command: &'static str) -> Result<Value, Error> {
         let request = format!("{}\n", json!({ "execute": command }));
         let path = self.path.clone();

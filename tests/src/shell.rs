@@ -15,16 +15,17 @@ pub fn shell(workspace: &Workspace, command: &[String]) -> anyhow::Result<i32> {
     let mut host = EmulatedHost::boot(workspace, &provision, &Options::default())?;
     let interactive = command.is_empty() && io::stdin().is_terminal() && io::stdout().is_terminal();
     let mut run = match command {
-        [] if interactive => host.command(["bash", "-i"]),
+        [] if interactive => host.command(["bash", "--norc", "-i"]),
         [] => host.command(["bash"]),
         command => host.command(command),
     };
     let terminal = if interactive {
         run.terminal = Some(terminal_size());
         eprintln!(
-            "The emulated host: kernel {}, five pCPUs, /dev/kvm. This machine's files are here, read-only; {} is\n\
-             {} outside. ivcpu-vmm, ivcpu-backend, ivcpu-lab, qemu-system-x86_64, iperf3, sockperf, ethtool and ip\n\
-             are on PATH; `ivcpu-lab drive` boots a guest and moves traffic (--help). `exit` powers off.",
+            "The emulated host: kernel {}, five pCPUs, /dev/kvm. This machine's files are here, read-only;\n\
+             {} is {} outside.\n\
+             On PATH: ivcpu-vmm, ivcpu-backend, ivcpu-lab, qemu-system-x86_64, iperf3, sockperf, ethtool, ip.\n\
+             `ivcpu-lab measure` boots a guest and moves traffic (--help says how). `exit` powers off.",
             host.kernel(),
             crate::emulated_host::SHARE,
             host.share().display()

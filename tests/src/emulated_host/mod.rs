@@ -17,8 +17,6 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tempfile::TempDir;
-
 use crate::channel::{Bytes, Report, Request, Run, receive, send};
 use crate::process::{self, Process};
 use crate::progress::Step;
@@ -92,7 +90,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         // 15 s is ample on an idle machine; this one may be building something else.
-        Self { ready: Duration::from_secs(40), kernel_words: String::new() }
+        Self { ready: Duration::from_secs(60), kernel_words: String::new() }
     }
 }
 
@@ -122,7 +120,6 @@ pub struct EmulatedHost {
     share: PathBuf,
     kernel: String,
     restarts: u32,
-    _sockets: TempDir,
     _lock: File,
 }
 
@@ -156,6 +153,8 @@ impl EmulatedHost {
             let step = Step::start("booting the emulated host");
             let started = start(&parts, options.ready);
             step.finish();
+            // The connections stay; nothing in the file system may outlive a killed lab.
+            drop(sockets);
             match started? {
                 Some(started) => {
                     return Ok(Self {
@@ -167,7 +166,6 @@ impl EmulatedHost {
                         share,
                         kernel: started.kernel,
                         restarts: attempt - 1,
-                        _sockets: sockets,
                         _lock: lock,
                     });
                 }

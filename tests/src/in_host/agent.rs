@@ -98,8 +98,8 @@ fn online_cpus() -> usize {
 
 /// The agent's busy threads keep off the pCPUs that are measured; the commands it runs may use them all.
 fn stay_on_the_wire_pcpu() {
-    if let Err(e) = pcpu::pin(0, &[pcpu::WIRE]) {
-        eprintln!("lab: cannot pin the agent to pCPU {}: {e}", pcpu::WIRE);
+    if let Err(e) = pcpu::pin(0, &[pcpu::wire()]) {
+        eprintln!("lab: cannot pin the agent to pCPU {}: {e}", pcpu::wire());
     }
 }
 

@@ -11,139 +11,99 @@ use anyhow::{Context, bail};
 use ivcpu_vmm::exits::{Counter, Snapshot};
 use serde::{Deserialize, Serialize};
 
-use super::drive::taken_between;
-use super::{Backend, BackendConfig, Host, Layout, Net, TAP, Vm, VmConfig, Vmm, Wire};
+use super::{Backend, Host, Setup, TAP, Testbed};
 use crate::figures::{Load, Window};
 use crate::pcpu;
 use crate::procfs::Interrupt;
-use crate::provision::Kernel;
-use crate::result::{self, GuestIrqs, Mode, Role};
+use crate::result::{GuestIrqs, Role, word};
 use crate::traffic::{Counts, End, Traffic, Workload};
 
 /// Time for traffic, or for a bystander, to become steady.
 const WARM_UP: Duration = Duration::from_secs(1);
 
-/// What to boot.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Setup {
-    /// Who runs the guest.
-    pub vmm: Vmm,
-    /// What feeds its network device.
-    pub backend: result::Backend,
-    /// How completions reach it.
-    pub mode: Mode,
-    /// Where its vCPUs run.
-    pub layout: Layout,
-    /// Paravirtual end of interrupt.
-    pub pv_eoi: bool,
-    /// Queue pairs, and connections of a stream.
-    pub queue_pairs: u16,
-    /// Our backend's `--poll-us`.
-    pub poll_us: Option<String>,
-    /// The guest's kernel.
-    pub kernel: Kernel,
-}
-
-/// What to measure of it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// What to measure.
+#[derive(Clone, Debug, clap::Args)]
 pub struct Plan {
     /// What to boot.
+    #[command(flatten)]
     pub setup: Setup,
-    /// What flows, one after the other.
+    /// What flows, one after the other
+    #[arg(long, value_delimiter = ',', default_value = "tcp-out,tcp-in,tcp-rr")]
     pub workloads: Vec<Workload>,
-    /// Windows of each, and of the control.
+    /// Windows of each workload, and of the control
+    #[arg(long, default_value_t = 1)]
     pub windows: usize,
-    /// Length of a window.
+    /// Length of a window in seconds
+    #[arg(long, default_value_t = 3.0, value_parser = positive)]
     pub seconds: f64,
+}
+
+/// Parses a number of seconds above 0.
+pub fn positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if seconds.is_finite() && seconds > 0.0 => Ok(seconds),
+        _ => Err("a number of seconds above 0".into()),
+    }
 }
 
 /// What was measured.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Measured {
+    /// What each pCPU was for.
+    pub roles: Vec<Role>,
     /// Bystander, spinning threads, no traffic.
     pub control: Load,
     /// The workloads, in the plan's order.
     pub workloads: Vec<Load>,
 }
 
-impl Setup {
-    /// What each pCPU is for.
-    pub fn roles(&self) -> Vec<Role> {
-        let ivcpu = if self.mode == Mode::Irq { Role::Ivcpu } else { Role::Other };
-        let mut roles = vec![Role::Other; pcpu::COUNT];
-        roles[pcpu::BACKEND] = Role::Backend;
-        roles[pcpu::IVCPU] = ivcpu;
-        roles[pcpu::WIRE] = Role::Wire;
-        for vcpu in 0..pcpu::APPLICATION.len() {
-            self.layout.application(vcpu).into_iter().for_each(|pcpu| roles[pcpu] = Role::App);
-        }
-        roles
-    }
-
-    /// The backend's pCPU; in the paper's layout no pCPU is left for it alone.
-    fn backend_pcpu(&self) -> usize {
-        match self.layout {
-            Layout::Pinned => pcpu::BACKEND,
-            Layout::Paper => pcpu::WIRE,
-        }
+impl Plan {
+    /// The words that make `ivcpu-lab measure` carry the plan out.
+    pub fn words(&self) -> Vec<String> {
+        let Self { setup, workloads, windows, seconds } = self;
+        let workloads: Vec<_> = workloads.iter().map(|workload| word(*workload)).collect();
+        let mut words = vec![
+            format!("--vmm={}", word(setup.vmm)),
+            format!("--backend={}", word(setup.backend)),
+            format!("--mode={}", word(setup.mode)),
+            format!("--layout={}", word(setup.layout)),
+            format!("--pv-eoi={}", setup.pv_eoi),
+            format!("--queue-pairs={}", setup.queue_pairs),
+            format!("--kernel={}", word(setup.kernel)),
+            format!("--workloads={}", workloads.join(",")),
+            format!("--windows={windows}"),
+            format!("--seconds={seconds}"),
+        ];
+        words.extend(setup.poll_us.iter().map(|us| format!("--poll-us={us}")));
+        words
     }
 }
 
 /// Boots, measures, powers off.
 pub fn measure(host: &mut Host, plan: &Plan) -> anyhow::Result<Measured> {
-    let setup = &plan.setup;
     keep_host_irqs_off_measured_pcpus();
-    let wire = Wire::set_up(setup.queue_pairs)?;
-    let backend = match setup.backend {
-        result::Backend::VhostNet => None,
-        result::Backend::Ivcpu => Some(Backend::start(
-            host,
-            &BackendConfig {
-                uplink: format!("tap:{TAP}"),
-                queue_pairs: setup.queue_pairs,
-                poll: setup.poll_us.clone().context("ivcpu-backend needs a --poll-us")?,
-                pcpus: vec![setup.backend_pcpu()],
-            },
-        )?),
-    };
-    let (kernel, image) = host.guest_files(setup.kernel)?;
-    let config = VmConfig {
-        vmm: setup.vmm,
-        kernel,
-        image,
-        kernel_words: String::new(),
-        application_vcpus: pcpu::APPLICATION.len(),
-        layout: setup.layout,
-        ivcpu: setup.mode == Mode::Irq,
-        pv_eoi: setup.pv_eoi,
-        net: backend.as_ref().map_or(Net::VhostNet, |backend| Net::VhostUser(backend.socket().into())),
-        queue_pairs: setup.queue_pairs,
-    };
-    let mut vm = Vm::boot(host, &config)?;
-    vm.bring_up_network(setup.queue_pairs)?;
-    if config.ivcpu {
-        vm.start_service()?;
-    }
-    let vcpus: Vec<_> = (0..config.application_vcpus).collect();
-    vm.start_bystander(&vcpus, true)?;
-    let counter = Counter::start(vm.id().try_into().context("the VMM's pid")?)?;
+    let mut testbed = Testbed::start(host, &plan.setup)?;
+    let vcpus: Vec<_> = (0..testbed.config.application_vcpus).collect();
+    testbed.vm.start_bystander(&vcpus, true)?;
+    let counter = Counter::start(testbed.vm.id().try_into().context("the VMM's pid")?)?;
 
-    let mut meter = Meter { host, vm, backend, counter, config: &config };
+    let mut meter = Meter { host, testbed, counter };
     thread::sleep(WARM_UP);
     let control = meter.windows(plan, None)?;
     let mut workloads = Vec::new();
     for workload in &plan.workloads {
-        workloads.push(meter.workload(plan, &wire, *workload)?);
+        workloads.push(meter.workload(plan, *workload)?);
     }
 
-    let Meter { mut vm, counter, .. } = meter;
+    let Meter { testbed, counter, .. } = meter;
     drop(counter);
+    let Testbed { mut vm, .. } = testbed;
     vm.stop_bystander()?;
     let status = vm.power_off()?;
     if !status.success() {
         bail!("the VMM ended with {status} after the guest's power-off");
     }
-    Ok(Measured { control, workloads })
+    Ok(Measured { roles: plan.setup.roles(), control, workloads })
 }
 
 /// The emulated host's own devices interrupt the wire's pCPU only. One that cannot be moved stays, for control and
@@ -151,16 +111,14 @@ pub fn measure(host: &mut Host, plan: &Plan) -> anyhow::Result<Measured> {
 fn keep_host_irqs_off_measured_pcpus() {
     let Ok(irqs) = fs::read_dir("/proc/irq") else { return };
     for irq in irqs.flatten() {
-        let _ = fs::write(irq.path().join("smp_affinity_list"), pcpu::WIRE.to_string());
+        let _ = fs::write(irq.path().join("smp_affinity_list"), pcpu::wire().to_string());
     }
 }
 
 struct Meter<'a> {
     host: &'a mut Host,
-    vm: Vm,
-    backend: Option<Backend>,
+    testbed: Testbed,
     counter: Counter,
-    config: &'a VmConfig,
 }
 
 /// What only the guest knows.
@@ -182,14 +140,14 @@ struct HostSample {
 
 impl Meter<'_> {
     /// Windows in the middle of one workload's steady traffic; then both ends must agree on every byte.
-    fn workload(&mut self, plan: &Plan, wire: &Wire, workload: Workload) -> anyhow::Result<Load> {
-        let connections = if workload == Workload::TcpRr { 1 } else { self.config.queue_pairs };
+    fn workload(&mut self, plan: &Plan, workload: Workload) -> anyhow::Result<Load> {
+        let connections = if workload == Workload::TcpRr { 1 } else { plan.setup.queue_pairs };
         let traffic = Traffic { connections, ..Traffic::new(workload) };
-        let wire_end = wire.listen(traffic)?;
-        self.vm.start_traffic(traffic)?;
+        let wire_end = self.testbed.wire.listen(traffic)?;
+        self.testbed.vm.start_traffic(traffic)?;
         thread::sleep(WARM_UP);
         let mut load = self.windows(plan, Some((workload, &wire_end)))?;
-        let guest = self.vm.stop_traffic()?;
+        let guest = self.testbed.vm.stop_traffic()?;
         let wire = wire_end.stop();
         if let Some(failure) = guest.failure.as_ref().or(wire.failure.as_ref()) {
             bail!("the traffic failed: {failure}");
@@ -209,7 +167,7 @@ impl Meter<'_> {
 
     fn window(&mut self, plan: &Plan, load: Option<(Workload, &End)>) -> anyhow::Result<Window> {
         if load.is_some() {
-            self.vm.reset_latency()?;
+            self.testbed.vm.reset_latency()?;
         }
         let guest_before = self.guest_sample(load.is_some())?;
         let before = self.host_sample(load)?;
@@ -217,19 +175,19 @@ impl Meter<'_> {
         let after = self.host_sample(load)?;
         let guest_after = self.guest_sample(load.is_some())?;
         let workload = load.map(|(workload, _)| workload);
-        self.difference(workload, (&before, &guest_before), (&after, &guest_after))
+        self.difference(plan, workload, (&before, &guest_before), (&after, &guest_after))
     }
 
     fn guest_sample(&mut self, traffic: bool) -> anyhow::Result<GuestSample> {
         Ok(GuestSample {
-            interrupts: self.vm.interrupts()?,
-            counts: if traffic { self.vm.traffic_counts()? } else { Counts::default() },
-            iterations: self.vm.iterations()?,
+            interrupts: self.testbed.vm.interrupts()?,
+            counts: if traffic { self.testbed.vm.traffic_counts()? } else { Counts::default() },
+            iterations: self.testbed.vm.iterations()?,
         })
     }
 
     fn host_sample(&mut self, load: Option<(Workload, &End)>) -> anyhow::Result<HostSample> {
-        let kicks_and_calls = match &self.backend {
+        let kicks_and_calls = match &self.testbed.backend {
             Some(backend) => {
                 let queues = backend.stats()?.queues;
                 Some((queues.iter().map(|q| q.kicks).sum(), queues.iter().map(|q| q.calls).sum()))
@@ -237,7 +195,7 @@ impl Meter<'_> {
             None => None,
         };
         // Whoever feeds the guest lives in the wire's namespace, so its view of the network has the TAP.
-        let feeder = self.backend.as_ref().map_or_else(|| self.vm.id(), Backend::id);
+        let feeder = self.testbed.backend.as_ref().map_or_else(|| self.testbed.vm.id(), Backend::id);
         Ok(HostSample {
             cpu_times: self.host.outside.cpu_times()?,
             kicks_and_calls,
@@ -250,6 +208,7 @@ impl Meter<'_> {
 
     fn difference(
         &self,
+        plan: &Plan,
         workload: Option<Workload>,
         before: (&HostSample, &GuestSample),
         after: (&HostSample, &GuestSample),
@@ -259,9 +218,9 @@ impl Meter<'_> {
         if !exits.notes.is_empty() {
             bail!("exits cannot be counted exactly: {}", exits.notes.join("; "));
         }
-        let ivcpu = self.config.application_vcpus;
-        let accepted = |only_ivcpu: bool| {
-            let vcpus = exits.vcpus.iter().filter(|v| !only_ivcpu || v.vcpu as usize == ivcpu);
+        let ivcpu = self.testbed.ivcpu();
+        let accepted = |by: Option<usize>| {
+            let vcpus = exits.vcpus.iter().filter(|v| by.is_none_or(|by| v.vcpu as usize == by));
             vcpus.filter_map(|v| v.device_accepted).sum()
         };
         let cpu_seconds: Vec<f64> = after
@@ -272,19 +231,22 @@ impl Meter<'_> {
             .collect();
         let iterations: u64 =
             guest_after.iterations.iter().zip(&guest_before.iterations).map(|(a, b)| a - b).sum();
-        let application = (0..ivcpu).flat_map(|vcpu| self.config.layout.application(vcpu));
-        let mut pcpus: Vec<usize> = application.collect();
-        pcpus.sort_unstable();
-        pcpus.dedup();
-        let application_seconds: f64 = pcpus.iter().filter_map(|pcpu| cpu_seconds.get(*pcpu)).sum();
+        let application_seconds: f64 = plan
+            .setup
+            .roles()
+            .iter()
+            .zip(&cpu_seconds)
+            .filter(|(role, _)| **role == Role::App)
+            .map(|(_, seconds)| seconds)
+            .sum();
         let backend = after.kicks_and_calls.zip(before.kicks_and_calls);
 
         Ok(Window {
             seconds: after.at.duration_since(before.at).as_secs_f64(),
             exits: exits.pcpus.iter().map(|p| (p.pcpu, p.exits.clone())).collect(),
             kvm_exits: exits.kvm_exits,
-            accepted_by_ivcpu: if self.config.ivcpu { accepted(true) } else { 0 },
-            accepted: accepted(false),
+            accepted_by_ivcpu: ivcpu.map_or(0, |ivcpu| accepted(Some(ivcpu))),
+            accepted: accepted(None),
             packets: after.packets - before.packets,
             bytes: match workload {
                 Some(Workload::TcpOut) => after.wire.bytes_verified - before.wire.bytes_verified,
@@ -296,23 +258,31 @@ impl Meter<'_> {
             completions: backend.map(|(after, before)| after.1 - before.1),
             kicks: backend.map(|(after, before)| after.0 - before.0),
             bystander_rate: (application_seconds > 0.0).then(|| iterations as f64 / application_seconds),
-            guest_irqs: Some(self.queue_interrupts(&guest_before.interrupts, &guest_after.interrupts)?),
+            guest_irqs: Some(queue_interrupts(&guest_before.interrupts, &guest_after.interrupts, ivcpu)?),
             cpu_seconds,
         })
     }
+}
 
-    fn queue_interrupts(&self, before: &[Interrupt], after: &[Interrupt]) -> anyhow::Result<GuestIrqs> {
-        let mut irqs = GuestIrqs { ivcpu: self.config.ivcpu.then_some(0), other: 0 };
-        for interrupt in taken_between(before, after)?.iter().filter(|interrupt| interrupt.is_queue()) {
-            for (cpu, taken) in interrupt.taken.iter().enumerate() {
-                match &mut irqs.ivcpu {
-                    Some(ivcpu) if cpu == self.config.application_vcpus => *ivcpu += taken,
-                    _ => irqs.other += taken,
-                }
+/// Interrupts of the network queues from one reading to the next: taken by CPU `ivcpu`, and by the others.
+pub fn queue_interrupts(
+    before: &[Interrupt],
+    after: &[Interrupt],
+    ivcpu: Option<usize>,
+) -> anyhow::Result<GuestIrqs> {
+    let mut irqs = GuestIrqs { ivcpu: ivcpu.map(|_| 0), other: 0 };
+    for later in after.iter().filter(|interrupt| interrupt.is_queue()) {
+        let earlier = before.iter().find(|earlier| earlier.name == later.name);
+        let earlier = earlier.with_context(|| format!("interrupt {} appeared in the window", later.name))?;
+        for (cpu, (later, earlier)) in later.taken.iter().zip(&earlier.taken).enumerate() {
+            let taken = later.checked_sub(*earlier).context("an interrupt count went backwards")?;
+            match &mut irqs.ivcpu {
+                Some(count) if Some(cpu) == ivcpu => *count += taken,
+                _ => irqs.other += taken,
             }
         }
-        Ok(irqs)
     }
+    Ok(irqs)
 }
 
 /// Frames that passed the TAP, both ways.
@@ -341,21 +311,14 @@ mod tests {
     }
 
     #[test]
-    fn every_pcpu_has_one_role() {
-        let mut setup = Setup {
-            vmm: Vmm::IvcpuVmm,
-            backend: result::Backend::Ivcpu,
-            mode: Mode::Irq,
-            layout: Layout::Pinned,
-            pv_eoi: true,
-            queue_pairs: 1,
-            poll_us: Some("0".into()),
-            kernel: Kernel::V6_12,
-        };
-        assert_eq!(setup.roles(), [Role::App, Role::App, Role::Backend, Role::Ivcpu, Role::Wire]);
-        setup.layout = Layout::Paper;
-        assert_eq!(setup.roles(), [Role::App, Role::App, Role::App, Role::Ivcpu, Role::Wire]);
-        setup.mode = Mode::Stock;
-        assert_eq!(setup.roles()[pcpu::IVCPU], Role::Other);
+    fn queue_interrupts_by_who_took_them() {
+        let interrupt = |name: &str, taken: &[u64]| Interrupt { name: name.into(), taken: taken.into() };
+        let before = [interrupt("virtio0-config", &[0, 9, 9]), interrupt("virtio0-input.0", &[1, 0, 5])];
+        let after = [interrupt("virtio0-config", &[7, 9, 9]), interrupt("virtio0-input.0", &[2, 0, 105])];
+        let with = queue_interrupts(&before, &after, Some(2)).unwrap();
+        assert_eq!(with, GuestIrqs { ivcpu: Some(100), other: 1 });
+        let without = queue_interrupts(&before, &after, None).unwrap();
+        assert_eq!(without, GuestIrqs { ivcpu: None, other: 101 });
+        assert!(queue_interrupts(&before[..1], &after, None).is_err());
     }
 }

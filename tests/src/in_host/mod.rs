@@ -2,9 +2,9 @@
 
 pub mod agent;
 mod backend;
-pub mod drive;
 pub mod measure;
 mod outside;
+mod testbed;
 mod vm;
 mod vmm;
 mod wire;
@@ -23,6 +23,7 @@ use crate::workspace::Workspace;
 
 pub use backend::{Backend, BackendConfig, BackendStats, QueueStats};
 pub use outside::Outside;
+pub use testbed::{Setup, Testbed};
 pub use vm::Vm;
 pub use vmm::{Layout, Net, VmConfig, Vmm};
 pub use wire::{TAP, Wire};
@@ -53,7 +54,7 @@ impl Host {
     }
 
     fn enter(outside: Outside, logs: PathBuf) -> anyhow::Result<Self> {
-        pcpu::pin(0, &[pcpu::WIRE]).context("pinning the scenario")?;
+        pcpu::pin(0, &[pcpu::wire()]).context("pinning the scenario")?;
         let scratch = tempfile::tempdir().context("making a temporary folder")?;
         Ok(Self { workspace: Workspace::locate()?, outside, logs, scratch })
     }
@@ -102,8 +103,8 @@ fn check_native() -> anyhow::Result<()> {
         bail!("this machine's CPUs have neither VMX nor SVM: leave --native out to use the emulated host");
     }
     let count = cpus.lines().filter(|line| line.starts_with("processor")).count();
-    if count < pcpu::COUNT {
-        bail!("this machine has {count} CPUs, the lab's plan needs {}: leave --native out", pcpu::COUNT);
+    if count < pcpu::FEWEST {
+        bail!("this machine has {count} CPUs, the lab's plan needs {}: leave --native out", pcpu::FEWEST);
     }
     File::options().read(true).write(true).open("/dev/kvm").context("opening /dev/kvm")?;
     if !nix::unistd::geteuid().is_root() {

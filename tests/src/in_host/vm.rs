@@ -19,7 +19,7 @@ use crate::qmp::Qmp;
 use crate::traffic::{Counts, Traffic};
 
 /// A guest boots in a few seconds; the emulation may be slow.
-const BOOT: Duration = Duration::from_secs(90);
+const BOOT: Duration = Duration::from_secs(180);
 const ANSWER: Duration = Duration::from_secs(30);
 
 /// A running guest; ended when dropped.
@@ -28,6 +28,7 @@ pub struct Vm {
     input: ChildStdin,
     answers: Receiver<Answer>,
     vcpu_threads: Vec<i32>,
+    qemu: Option<Qmp>,
     boot_time: Duration,
 }
 
@@ -57,18 +58,20 @@ impl Vm {
         thread::spawn(move || watch_serial(BufReader::new(output), log, &sender));
 
         let mut vcpu_threads = Vec::new();
+        let mut qemu = None;
         if config.vmm == Vmm::Qemu {
-            let mut qemu = Qmp::connect(&qmp).context("see guest.log")?;
-            vcpu_threads = qemu.vcpu_threads()?;
+            let mut connection = Qmp::connect(&qmp).context("see guest.log")?;
+            vcpu_threads = connection.vcpu_threads()?;
             for (vcpu, thread) in vcpu_threads.iter().enumerate() {
                 pcpu::pin(*thread, &config.pcpus(vcpu)).context("pinning a vCPU")?;
             }
             if matches!(config.net, Net::VhostNet) {
                 pin_vhost_workers(process.id())?;
             }
-            qemu.start_machine()?;
+            connection.start_machine()?;
+            qemu = Some(connection);
         }
-        let mut vm = Self { process, input, answers, vcpu_threads, boot_time: Duration::ZERO };
+        let mut vm = Self { process, input, answers, vcpu_threads, qemu, boot_time: Duration::ZERO };
         match vm.answer(BOOT).context("the guest did not come up, see guest.log")? {
             Answer::Hello { cpus, .. } if cpus == config.vcpus() => {}
             Answer::Hello { cpus, .. } => bail!("the guest has {cpus} CPUs, not {}", config.vcpus()),
@@ -192,7 +195,7 @@ impl Vm {
     /// Powers the guest off and gives the VMM's exit status.
     pub fn power_off(mut self) -> anyhow::Result<ExitStatus> {
         self.request(&Request::PowerOff)?;
-        Ok(self.process.wait_for(ANSWER).context("the VMM did not end after the guest's power-off")?)
+        self.process.wait_for(ANSWER).context("the VMM did not end after the guest's power-off")
     }
 
     /// Kills the VMM as a crash would.
@@ -207,7 +210,10 @@ impl Vm {
             Ok(answer) => Ok(answer),
             Err(RecvTimeoutError::Timeout) => bail!("no answer within {deadline:?}"),
             Err(RecvTimeoutError::Disconnected) => match self.process.wait_for(Duration::from_secs(5)) {
-                Ok(status) => bail!("the VMM ended: {status}"),
+                Ok(status) => {
+                    let reason = self.qemu.as_mut().and_then(Qmp::shutdown_reason);
+                    bail!("the VMM ended: {status}, {}", reason.as_deref().unwrap_or("no reason given"))
+                }
                 Err(_) => bail!("the VMM closed the guest's serial line"),
             },
         }

@@ -1,9 +1,11 @@
 //! The far end of the guest's cable: a network namespace with a TAP in it. Processes that attach to the TAP are
 //! started in the namespace, so nothing of it is ever seen on the machine's own network.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::channel;
 use std::thread;
@@ -14,6 +16,7 @@ use nix::sched::{CloneFlags, setns};
 use crate::guest::{PREFIX, WIRE_ADDRESS};
 use crate::pcpu;
 use crate::traffic::{End, PORT, Traffic};
+use crate::workspace::Workspace;
 
 const NAMESPACE: &str = "ivcpu-wire";
 
@@ -63,7 +66,7 @@ impl Wire {
         thread::spawn(move || {
             let listen = || -> io::Result<End> {
                 setns(File::open(format!("/run/netns/{NAMESPACE}"))?, CloneFlags::CLONE_NEWNET)?;
-                pcpu::pin(0, &[pcpu::WIRE])?;
+                pcpu::pin(0, &[pcpu::wire()])?;
                 End::listen(traffic, SocketAddr::from((WIRE_ADDRESS, PORT)))
             };
             let _ = sender.send(listen());
@@ -88,18 +91,21 @@ impl Drop for Wire {
 }
 
 fn ip(arguments: &[&str]) -> anyhow::Result<()> {
-    run("ip", arguments).map(drop)
+    // The provisioned one: a bare system has none.
+    run(Workspace::locate()?.launchers().join("ip"), arguments).map(drop)
 }
 
-fn run(program: &str, arguments: &[impl AsRef<std::ffi::OsStr>]) -> anyhow::Result<String> {
+fn run(program: impl AsRef<Path>, arguments: &[impl AsRef<OsStr>]) -> anyhow::Result<String> {
+    let program = program.as_ref();
     let output = Command::new(program)
         .args(arguments)
         .stdin(Stdio::null())
         .output()
-        .with_context(|| format!("running {program}"))?;
+        .with_context(|| format!("running {}", program.display()))?;
     if !output.status.success() {
         let words: Vec<_> = arguments.iter().map(|word| word.as_ref().to_string_lossy()).collect();
-        bail!("{program} {}: {}", words.join(" "), String::from_utf8_lossy(&output.stderr).trim());
+        let errors = String::from_utf8_lossy(&output.stderr);
+        bail!("{} {}: {}", program.display(), words.join(" "), errors.trim());
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

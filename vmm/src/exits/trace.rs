@@ -137,9 +137,9 @@ impl Instance {
             if new.is_empty() {
                 return Ok(());
             }
+            // Must not fail: without a list the instance would see every VM. The kernel takes ids of threads that are gone.
             for tid in &new {
-                // Appends; the kernel refuses a thread that ended in the meantime, and none is missed by that.
-                let _ = self.append("set_event_pid", &tid.to_string());
+                self.append("set_event_pid", &tid.to_string())?;
             }
             known.extend(new);
         }
@@ -181,8 +181,11 @@ impl Instance {
         fs::write(&path, text).map_err(|source| Error::Tracefs { doing: "write to", path, source })
     }
 
-    fn append(&self, file: &str, text: &str) -> io::Result<()> {
-        fs::OpenOptions::new().append(true).open(self.path.join(file))?.write_all(text.as_bytes())
+    fn append(&self, file: &str, text: &str) -> Result<(), Error> {
+        let path = self.path.join(file);
+        let mut options = fs::OpenOptions::new();
+        let appended = options.append(true).open(&path).and_then(|mut file| file.write_all(text.as_bytes()));
+        appended.map_err(|source| Error::Tracefs { doing: "append to", path, source })
     }
 }
 

@@ -1,0 +1,104 @@
+//! The IVCPU takes the device interrupts of a stock guest, whose init never writes /proc/irq: the shipped service
+//! does, and keeps at it when the driver spreads them again.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use ivcpu_lab::figures;
+use ivcpu_lab::in_host::measure::{Plan, measure, queue_interrupts};
+use ivcpu_lab::in_host::{Setup, Testbed};
+use ivcpu_lab::result::{Mode, Role};
+use ivcpu_lab::traffic::{Traffic, Workload};
+use ivcpu_lab::trial::in_emulated_host;
+
+/// Time the service has to notice that the driver spread the interrupts.
+const SERVICE: Duration = Duration::from_secs(5);
+
+/// Moves traffic both ways and checks who took the queues' interrupts.
+fn all_interrupts_on_the_ivcpu(testbed: &mut Testbed, connections: u16) -> Result<()> {
+    let before = testbed.vm.interrupts()?;
+    for workload in [Workload::TcpOut, Workload::TcpIn] {
+        let traffic = Traffic { connections, ..Traffic::new(workload) };
+        let wire_end = testbed.wire.listen(traffic)?;
+        testbed.vm.start_traffic(traffic)?;
+        sleep(Duration::from_secs(3));
+        let guest_end = testbed.vm.stop_traffic()?;
+        let wire_end = wire_end.stop();
+        ensure!(guest_end.failure.is_none() && wire_end.failure.is_none(), "{guest_end:?} {wire_end:?}");
+    }
+    let after = testbed.vm.interrupts()?;
+    let irqs = queue_interrupts(&before, &after, testbed.ivcpu())?;
+    let on_ivcpu = irqs.ivcpu.unwrap_or(0);
+    ensure!(on_ivcpu > 100, "too few interrupts to say: {irqs:?}");
+    ensure!(irqs.other * 99 <= on_ivcpu, "under 99 % on the IVCPU: {irqs:?}\n{before:?}\n{after:?}");
+    Ok(())
+}
+
+#[test]
+fn one_queue_pair() -> Result<()> {
+    in_emulated_host(|host| {
+        let mut testbed = Testbed::start(host, &Setup::default())?;
+        all_interrupts_on_the_ivcpu(&mut testbed, 1)?;
+        ensure!(testbed.vm.power_off()?.success());
+        Ok(())
+    })
+}
+
+#[test]
+fn two_queue_pairs_and_again_after_the_driver_spread_them() -> Result<()> {
+    in_emulated_host(|host| {
+        let mut testbed = Testbed::start(host, &Setup { queue_pairs: 2, ..Setup::default() })?;
+        all_interrupts_on_the_ivcpu(&mut testbed, 2)?;
+        for pairs in [1, 2] {
+            let (status, text) = testbed.vm.run(&format!("ethtool -L eth0 combined {pairs}"))?;
+            ensure!(status == 0, "ethtool: {text}");
+            sleep(SERVICE);
+            all_interrupts_on_the_ivcpu(&mut testbed, pairs)?;
+        }
+        ensure!(testbed.vm.power_off()?.success());
+        Ok(())
+    })
+}
+
+/// Exits, not interrupts: the rows add up, kicks stay suppressed while the backend polls, and the host sees the
+/// interrupts where the guest says they are.
+#[test]
+fn exits_add_up_and_kicks_are_suppressed() -> Result<()> {
+    in_emulated_host(|host| {
+        let setup = Setup { poll_us: Some("always".into()), ..Setup::default() };
+        let plan =
+            Plan { setup, workloads: vec![Workload::TcpOut, Workload::TcpIn], windows: 2, seconds: 2.0 };
+        let measured = measure(host, &plan)?;
+        for (workload, load) in plan.workloads.iter().zip(&measured.workloads) {
+            let figures = figures::of_load(load, &measured.control, &measured.roles);
+            let (total, kvm) = (figures.exits_total.unwrap_or(0), figures.kvm_exits.unwrap_or(0));
+            // Within 1 %; the two counters cannot be read at one moment, so a few exits always stand between them.
+            ensure!(
+                kvm > 0 && total.abs_diff(kvm) * 100 <= kvm.max(10_000),
+                "{workload:?}: rows {total}, KVM {kvm}"
+            );
+            let packets = figures.packets.unwrap_or(0);
+            ensure!(packets > 1000, "{workload:?}: only {packets} packets");
+            let kicks = figures.kicks.unwrap_or(u64::MAX);
+            ensure!(kicks.saturating_mul(100) < packets, "{workload:?}: {kicks} kicks for {packets} packets");
+            let accepted = figures.accepted_by_ivcpu.unwrap_or(0.0);
+            ensure!(accepted >= 0.99, "{workload:?}: the host saw only {accepted} accepted by the IVCPU");
+            ensure!(figures.bytes_verified > figures.bytes, "{workload:?}: {figures:?}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn stock_mode_has_no_ivcpu() -> Result<()> {
+    in_emulated_host(|host| {
+        let setup = Setup { mode: Mode::Stock, ..Setup::default() };
+        ensure!(!setup.roles().contains(&Role::Ivcpu));
+        let mut testbed = Testbed::start(host, &setup)?;
+        let (status, cpus) = testbed.vm.run("nproc; cat /proc/cmdline")?;
+        ensure!(status == 0 && cpus.starts_with("2\n") && !cpus.contains("ivcpu.cpu"), "{cpus}");
+        ensure!(testbed.vm.power_off()?.success());
+        Ok(())
+    })
+}

@@ -1,0 +1,120 @@
+//! End-to-end tests whose bodies run inside the emulated host.
+//!
+//! The machine's files are visible in there, so the test executable runs itself again inside, asking for the one
+//! test it is in; all tests of an executable share one emulated host.
+
+use std::any::type_name_of_val;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, bail};
+
+use crate::emulated_host::{EmulatedHost, Error, Input, Options};
+use crate::image::prepare_guest;
+use crate::in_host::Host;
+use crate::provision::{Kernel, Provision};
+use crate::workspace::Workspace;
+
+/// Set in the environment of a test that runs inside.
+const INSIDE: &str = "IVCPU_LAB_INSIDE";
+/// Longest a test may take inside.
+const DEADLINE: Duration = Duration::from_secs(600);
+
+/// Gives `body` the emulated host this executable's tests share.
+pub fn with_emulated_host<T>(body: impl FnOnce(&mut EmulatedHost) -> anyhow::Result<T>) -> anyhow::Result<T> {
+    static SHARED: Mutex<Option<EmulatedHost>> = Mutex::new(None);
+    // A test that failed while it had the host says nothing about the host.
+    let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut host = match shared.take() {
+        Some(host) => host,
+        None => boot(&[Kernel::V6_12])?,
+    };
+    let outcome = body(&mut host);
+    let useless = outcome
+        .as_ref()
+        .is_err_and(|e| e.downcast_ref().is_some_and(|e: &Error| !matches!(e, Error::NotStarted(..))));
+    if !useless {
+        *shared = Some(host);
+    }
+    outcome
+}
+
+/// Builds and provisions what the tests need, and boots.
+pub fn boot(guest_kernels: &[Kernel]) -> anyhow::Result<EmulatedHost> {
+    let workspace = Workspace::locate()?;
+    let provision = Provision::new(&workspace);
+    workspace.build()?;
+    for kernel in guest_kernels {
+        prepare_guest(&workspace, &provision, *kernel)?;
+    }
+    Ok(EmulatedHost::boot(&workspace, &provision, &Options::default())?)
+}
+
+/// Makes the image of a guest with another kernel than the usual one, for a test that boots it inside.
+pub fn provide_guest(kernel: Kernel) -> anyhow::Result<()> {
+    if std::env::var_os(INSIDE).is_some() {
+        return Ok(());
+    }
+    let workspace = Workspace::locate()?;
+    workspace.build()?;
+    Ok(prepare_guest(&workspace, &Provision::new(&workspace), kernel)?)
+}
+
+/// Runs `body`, a closure written in a test function, inside the emulated host. A host that gets stuck is replaced,
+/// once, and the test run again.
+pub fn in_emulated_host<F>(body: F) -> anyhow::Result<()>
+where
+    F: FnOnce(&mut Host) -> anyhow::Result<()>,
+{
+    if std::env::var_os(INSIDE).is_some() {
+        return body(&mut Host::emulated()?);
+    }
+    let name = test_name(type_name_of_val(&body))?;
+    match run_inside(name) {
+        Err(e) if matches!(e.downcast_ref(), Some(Error::Stuck(_))) => {
+            eprintln!("lab: {e:#}: running {name} again in a fresh one");
+            run_inside(name)
+        }
+        outcome => outcome,
+    }
+}
+
+fn run_inside(name: &str) -> anyhow::Result<()> {
+    let program = std::env::current_exe().context("finding the test executable")?;
+    let program = program.display().to_string();
+    with_emulated_host(|host| {
+        let mut run = host.command([program.as_str(), "--exact", name, "--nocapture", "--test-threads=1"]);
+        run.environment.push((INSIDE.into(), "1".into()));
+        let mut output = Vec::new();
+        let status =
+            host.run(&run, Input::Empty, Some(DEADLINE), |_, bytes| output.extend_from_slice(bytes))?;
+        let output = String::from_utf8_lossy(&output);
+        if status != 0 {
+            bail!("{name} failed inside the emulated host with status {status}:\n{output}");
+        }
+        // A name that matches nothing would also "pass".
+        if !output.contains("1 passed") {
+            bail!("the test executable does not know the test {name}:\n{output}");
+        }
+        Ok(())
+    })
+}
+
+/// `crate::module::test::{{closure}}` is the test `module::test`.
+fn test_name(closure: &str) -> anyhow::Result<&str> {
+    let strange = || anyhow!("{closure} is not a closure in a test function");
+    let path = closure.strip_suffix("::{{closure}}").ok_or_else(strange)?;
+    path.split_once("::").map(|(_, name)| name).ok_or_else(strange)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_tests_from_their_closures() {
+        assert_eq!(test_name("boot::guest_boots::{{closure}}").expect("a test"), "guest_boots");
+        assert_eq!(test_name("irq::with::two::{{closure}}").expect("a test"), "with::two");
+        assert!(test_name("boot::function").is_err());
+    }
+}
