@@ -34,9 +34,9 @@ fn main() -> io::Result<()> {
     for size in [64, 1500] {
         let frame = frame(size);
         for batch in [1, 4, 8, 16, 64] {
-            let mut ring = ring(tap)?;
+            let mut ring = IoUring::new(64)?;
             let (plain, uring) =
-                medians(|| write_plain(tap, &frame), || write_uring(&mut ring, &frame, batch));
+                medians(|| write_plain(tap, &frame), || write_uring(&mut ring, tap, &frame, batch));
             report(&format!("write {size} B, batch {batch}"), plain, uring);
         }
         let fill = || -> io::Result<()> {
@@ -46,7 +46,7 @@ fn main() -> io::Result<()> {
             Ok(())
         };
         for batch in [1, 4, 8, 16, 64] {
-            let mut ring = ring(tap)?;
+            let mut ring = IoUring::new(64)?;
             let (plain, uring) = medians(
                 || fill().and_then(|()| read_plain(tap)),
                 || fill().and_then(|()| read_uring(&mut ring, tap, batch)),
@@ -55,13 +55,6 @@ fn main() -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// An instance with the device registered, as the data path has it.
-fn ring(tap: i32) -> io::Result<IoUring> {
-    let ring = IoUring::new(64)?;
-    ring.submitter().register_files(&[tap])?;
-    Ok(ring)
 }
 
 fn report(what: &str, plain: f64, uring: f64) {
@@ -128,12 +121,12 @@ fn write_plain(tap: i32, frame: &[u8]) -> io::Result<Duration> {
     Ok(start.elapsed())
 }
 
-fn write_uring(ring: &mut IoUring, frame: &[u8], batch: usize) -> io::Result<Duration> {
+fn write_uring(ring: &mut IoUring, tap: i32, frame: &[u8], batch: usize) -> io::Result<Duration> {
     let vector = libc::iovec { iov_base: frame.as_ptr().cast_mut().cast(), iov_len: frame.len() };
     let start = Instant::now();
     for _ in 0..FRAMES / batch {
         for _ in 0..batch {
-            let entry = opcode::Writev::new(types::Fixed(0), &raw const vector, 1).build();
+            let entry = opcode::Writev::new(types::Fd(tap), &raw const vector, 1).build();
             // SAFETY: the entry's vector and frame outlive `submit_and_wait`, which waits for every one.
             unsafe { ring.submission().push(&entry) }.map_err(io::Error::other)?;
         }
@@ -168,7 +161,7 @@ fn read_uring(ring: &mut IoUring, tap: i32, batch: usize) -> io::Result<Duration
     let start = Instant::now();
     for _ in 0..FRAMES / batch {
         for vector in &vectors {
-            let entry = opcode::Readv::new(types::Fixed(0), vector, 1).build();
+            let entry = opcode::Readv::new(types::Fd(tap), vector, 1).build();
             // SAFETY: vectors and buffers outlive `submit_and_wait`, which waits for every one.
             unsafe { ring.submission().push(&entry) }.map_err(io::Error::other)?;
         }

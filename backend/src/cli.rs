@@ -24,8 +24,8 @@ pub struct Options {
     #[arg(long)]
     pub print_capabilities: bool,
 
-    /// Where frames go: tap:NAME, or for tests null, loop (back, MAC addresses swapped), gen[:SIZE] (a source of
-    /// frames of SIZE bytes).
+    /// Where frames go: tap:NAME, or for tests null, loop (back, MAC addresses swapped), gen or gen:SIZE (a source of
+    /// frames of SIZE bytes, 64 if not said).
     #[arg(long, value_name = "UPLINK", required_unless_present = "print_capabilities")]
     pub uplink: Option<UplinkKind>,
 
@@ -37,7 +37,7 @@ pub struct Options {
     #[arg(long, value_name = "N|always", default_value = "50")]
     pub poll_us: PollTime,
 
-    /// pCPUs for the poll threads, as in [2] or [2-3,5]: thread i is pinned to entry i modulo the list's length.
+    /// pCPUs for the poll threads, as in `[2]` or `[2-3,5]`: thread i is pinned to entry i modulo the list's length.
     #[arg(long, value_name = "[LIST]")]
     pub affinity: Option<PcpuList>,
 

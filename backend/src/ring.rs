@@ -69,6 +69,9 @@ pub struct Ring {
     call: Option<File>,
     error: Option<File>,
     enabled: bool,
+    /// Size and addresses are usable with the memory map of now. A frontend may take a region away and put it back,
+    /// so this is looked at again with every change.
+    reachable: bool,
     broken: bool,
     bad_size: Option<u16>,
     mergeable: bool,
@@ -90,6 +93,7 @@ impl Ring {
             call: None,
             error: None,
             enabled: false,
+            reachable: false,
             broken: false,
             bad_size: None,
             mergeable: false,
@@ -174,6 +178,7 @@ impl Ring {
         self.untake();
         self.queue.set_ready(started);
         self.broken = false;
+        self.reachable = true;
         self.kicks_wanted = true;
         self.check();
     }
@@ -205,23 +210,28 @@ impl Ring {
         self.queue.set_next_avail(base);
     }
 
-    /// Stops a started ring whose size or addresses are unusable.
+    /// Looks whether a started ring can be used, and pauses it while it cannot.
     fn check(&mut self) {
-        if !self.queue.ready() {
-            return;
-        }
-        if let Some(size) = self.bad_size {
-            self.stop(Error::Size(size));
+        let problem = if !self.queue.ready() {
+            None
+        } else if let Some(size) = self.bad_size {
+            Some(Error::Size(size))
         } else if !self.queue.is_valid(&**self.chains.memory()) {
-            self.stop(Error::Addresses);
+            Some(Error::Addresses)
+        } else {
+            None
+        };
+        if let (Some(problem), true) = (&problem, self.reachable) {
+            tracing::warn!("{}: {problem}; the ring pauses until that changes", self.name);
         }
+        self.reachable = problem.is_none();
     }
 
     // --- What the data path does ------------------------------------------------------------------------------
 
-    /// Whether chains may be taken: started and not broken.
+    /// Whether chains may be taken: started, reachable and not broken.
     pub fn is_running(&self) -> bool {
-        self.queue.ready() && !self.broken
+        self.queue.ready() && self.reachable && !self.broken
     }
 
     /// Whether frames may pass.

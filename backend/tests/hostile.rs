@@ -175,3 +175,19 @@ fn what_was_taken_and_not_given_back_is_taken_again_from_new_memory() {
     assert_eq!((ring.chains().len(), ring.base()), (SIZE as usize - 1, 1));
     assert_eq!(Arc::strong_count(&memory), 1, "the old memory is not held any more");
 }
+
+#[test]
+fn a_ring_pauses_while_its_region_is_gone() {
+    let heads: Vec<u16> = (0..SIZE).collect();
+    let memory = guest(&[(0x4000, 1000, 2, 0); SIZE as usize], &heads, SIZE);
+    let mut ring = ring(&memory, Access::Write, 1 << 32 | 1 << 15);
+    ring.take(usize::MAX, usize::MAX);
+    let without = GuestMemoryMmap::from_ranges(&[(GuestAddress(0x8000), 0x8000)]).unwrap();
+    ring.set_memory(Arc::new(without));
+    assert!(!ring.is_running());
+    assert_eq!(ring.base(), 0);
+    ring.set_memory(memory);
+    assert!(ring.is_running());
+    ring.take(usize::MAX, usize::MAX);
+    assert_eq!(ring.chains().len(), usize::from(SIZE));
+}

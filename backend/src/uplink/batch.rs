@@ -5,7 +5,7 @@
 //! does not fail but waits for the next frame, holding on to guest buffers that a message may take away any time.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
 use io_uring::{IoUring, opcode, types};
 
@@ -17,19 +17,21 @@ pub const WORTHWHILE: usize = 8;
 /// Frames in one submission.
 const ENTRIES: u32 = 64;
 
-/// An io_uring instance bound to one file.
+/// An io_uring instance for writes to one file.
+///
+/// The file is named by its descriptor and not registered: a registered one is let go only some time after the
+/// process ended, and a TAP device that should be gone by then would still be there when its successor opens it.
 pub struct Batch {
     ring: IoUring,
+    file: RawFd,
     /// What became of each frame of the current submission.
     results: Vec<i32>,
 }
 
 impl Batch {
-    /// Sets up batches of writes to `file`.
+    /// Sets up batches of writes to `file`, which must stay open as long as they are made.
     pub fn new(file: BorrowedFd<'_>) -> io::Result<Self> {
-        let ring = IoUring::new(ENTRIES)?;
-        ring.submitter().register_files(&[file.as_raw_fd()])?;
-        Ok(Batch { ring, results: Vec::new() })
+        Ok(Batch { ring: IoUring::new(ENTRIES)?, file: file.as_raw_fd(), results: Vec::new() })
     }
 
     /// Writes every well-formed frame in `chains`, at most 64 of them, and waits for all. Tells for each
@@ -42,7 +44,7 @@ impl Batch {
             if chain.bytes == 0 {
                 continue;
             }
-            let entry = opcode::Writev::new(types::Fixed(0), vectors.as_ptr(), vectors.len() as u32)
+            let entry = opcode::Writev::new(types::Fd(self.file), vectors.as_ptr(), vectors.len() as u32)
                 .build()
                 .user_data(index as u64);
             // SAFETY: the vectors belong to `chains`, which is borrowed until all completions have been reaped below;
