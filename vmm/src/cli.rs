@@ -48,15 +48,15 @@ pub struct RunOptions {
     #[arg(long, value_name = "TEXT", default_value = "console=ttyS0 panic=-1", allow_hyphen_values = true)]
     pub cmdline: String,
 
-    /// RAM: size=SIZE[,shared=on]
+    /// RAM: `size=SIZE[,shared=on][,hugepages=on|off]`
     #[arg(long, value_name = "OPTIONS", default_value = "size=512M")]
     pub memory: MemoryOptions,
 
-    /// vCPUs: boot=N[,affinity=[0@[0],1@[2-3]]][,pv_eoi=on|off]
+    /// vCPUs: `boot=N[,affinity=[0@[0],1@[2-3]]][,pv_eoi=on|off]`
     #[arg(long, value_name = "OPTIONS", default_value = "boot=1")]
     pub cpus: CpusOptions,
 
-    /// Network device, once for each: vhost_user=true,socket=PATH[,mac=MAC][,num_queues=2N][,queue_size=256]
+    /// Network device, once for each: `vhost_user=true,socket=PATH[,mac=MAC][,num_queues=2N][,queue_size=256]`
     #[arg(long, value_name = "OPTIONS")]
     pub net: Vec<NetOptions>,
 
@@ -64,7 +64,7 @@ pub struct RunOptions {
     #[arg(long, value_name = "MODE", default_value = "tty")]
     pub serial: SerialMode,
 
-    /// One more vCPU, the last, that takes every device interrupt: affinity=[3][,host_irqs=[eth0,0000:01:10.0,24]].
+    /// One more vCPU, the last, that takes every device interrupt: `affinity=[3][,host_irqs=[eth0,0000:01:10.0,24]]`.
     /// affinity names the pCPU it has to itself, host_irqs the host interrupts that go there while the VM runs
     #[arg(long, value_name = "OPTIONS")]
     pub ivcpu: Option<IvcpuOptions>,

@@ -24,7 +24,8 @@ impl Devices {
         match (port, &self.serial) {
             (serial::PORT..=SERIAL_LAST, Some(serial)) => serial.read((port - serial::PORT) as u8, data),
             (port, _) if CONFIG_PORTS.contains(&port) => self.pci.port_read(port, data),
-            (power::SLEEP_STATUS_PORT, _) => data.fill(0),
+            // The keyboard controller is always ready for a command: Linux waits for that before it sends the reset.
+            (power::SLEEP_STATUS_PORT | power::KEYBOARD_PORT, _) => data.fill(0),
             _ => data.fill(0xff),
         }
     }
@@ -68,7 +69,7 @@ mod tests {
     #[test]
     fn what_nobody_answers_reads_as_ones() {
         let devices = Devices::default();
-        for port in [0x20u16, 0x3f8, 0x64, 0xffff] {
+        for port in [0x20u16, 0x3f8, 0x60, 0xffff] {
             let mut data = [0; 4];
             devices.port_in(port, &mut data);
             assert_eq!(data, [0xff; 4], "{port:#x}");

@@ -30,7 +30,7 @@ impl FromStr for IvcpuOptions {
         let affinity = options.take("affinity")?;
         let host_irqs = options.take_with("host_irqs", parse_sources)?;
         options.finish()?;
-        let affinity = affinity.ok_or(suboption::Error::Missing("affinity"))?;
+        let affinity = affinity.ok_or(suboption::Error::Missing("affinity="))?;
         Ok(Self { affinity, host_irqs: host_irqs.unwrap_or_default() })
     }
 }
@@ -85,7 +85,7 @@ mod tests {
     #[test]
     fn an_affinity_is_a_must() {
         assert_eq!("affinity=[3]".parse::<IvcpuOptions>().unwrap().affinity, "[3]".parse().unwrap());
-        assert_eq!("".parse::<IvcpuOptions>(), Err(suboption::Error::Missing("affinity")));
+        assert_eq!("".parse::<IvcpuOptions>(), Err(suboption::Error::Missing("affinity=")));
         let options: IvcpuOptions = "affinity=[3],host_irqs=[eth0,0000:01:10.0,24]".parse().unwrap();
         assert_eq!((options.host_irqs.len(), options.interrupt_pcpu()), (3, Some(3)));
         assert!("affinity=[3],host_irqs=24".parse::<IvcpuOptions>().is_err());

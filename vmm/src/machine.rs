@@ -11,7 +11,7 @@ use kvm_ioctls::{Kvm, VmFd};
 use nix::sys::signalfd::SignalFd;
 
 use crate::affinity::{self, HostIrqs};
-use crate::boot::{acpi, cpuid, kernel, mtrr, registers};
+use crate::boot::{acpi, cpuid, kernel, mtrr, registers, reset_vector};
 use crate::devices::Devices;
 use crate::exits::{self, lifetime::Lifetime};
 use crate::gsi::{self, KvmRouter, MessageRouter};
@@ -81,6 +81,9 @@ pub enum Error {
     /// The ACPI tables.
     #[error(transparent)]
     Acpi(#[from] acpi::Error),
+    /// The code at the reset vector.
+    #[error("cannot write the reset vector to guest memory")]
+    ResetVector(#[source] vm_memory::GuestMemoryError),
     /// CPUID.
     #[error(transparent)]
     Cpuid(#[from] cpuid::Error),
@@ -160,7 +163,7 @@ impl Machine {
         pin::keep_off(&placement.taken())?;
         let kvm = open_kvm()?;
         let vm = Arc::new(create_vm(&kvm)?);
-        let memory = memory::allocate(options.memory.size)?;
+        let memory = memory::allocate(&options.memory)?;
         memory::register(&vm, &memory)?;
 
         let dedicated = placement.is_dedicated();
@@ -181,6 +184,7 @@ impl Machine {
         let net = add_net(&mut pci, &wiring, &options.net, pci_window_64)?;
         let devices = Arc::new(Devices { serial, pci });
 
+        reset_vector::write(&memory).map_err(Error::ResetVector)?;
         let rsdp = acpi::write(&memory, acpi::Platform { vcpus: placement.vcpus(), pci_window_64 })?;
         let mut boot = options.kernel.clone();
         if let Some(number) = placement.ivcpu {

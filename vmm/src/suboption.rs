@@ -26,8 +26,8 @@ pub enum Error {
         /// The keys the option has, for the message.
         known: String,
     },
-    /// A key that must be given.
-    #[error("`{0}=` is missing")]
+    /// What must be given.
+    #[error("`{0}` is missing")]
     Missing(&'static str),
     /// A value that does not parse.
     #[error("`{key}={value}`: {reason}")]

@@ -9,6 +9,7 @@ use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::ffi::{c_int, c_void};
 use std::io;
+use std::panic::{self, AssertUnwindSafe};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -119,7 +120,12 @@ impl Vcpu {
             {
                 return end.give(Ending::Failed { vcpu: number, reason: Chain(&error).to_string() });
             }
-            if let Some(ending) = run(&mut fd, number, &devices, &seen) {
+            let run = AssertUnwindSafe(|| run(&mut fd, number, &devices, &seen));
+            // A vCPU that is gone must end the VM, or the others would wait for it for ever.
+            let ending = panic::catch_unwind(run).unwrap_or_else(|_| {
+                Some(Ending::Failed { vcpu: number, reason: "its thread panicked; this is a bug".to_owned() })
+            });
+            if let Some(ending) = ending {
                 end.give(ending);
             }
         })?;

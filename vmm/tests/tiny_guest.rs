@@ -190,6 +190,14 @@ fn serial_output_goes_where_it_is_told() {
     }
 }
 
+fn thread_names(pid: u32) -> Vec<String> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    tasks
+        .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok())
+        .map(|name| name.trim().to_owned())
+        .collect()
+}
+
 #[test]
 fn an_ivcpu_is_one_vcpu_more() {
     let online = ivcpu_vmm::pin::online().unwrap();
@@ -202,11 +210,13 @@ fn an_ivcpu_is_one_vcpu_more() {
     let mut child = vmm().arg("--kernel").arg(kernel.path()).args(["--ivcpu", &affinity]).spawn().unwrap();
     let mut line = [0; 7];
     child.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
-    let names: Vec<_> = std::fs::read_dir(format!("/proc/{}/task", child.id()))
-        .unwrap()
-        .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok())
-        .map(|name| name.trim().to_owned())
-        .collect();
+    // The first vCPU may run before the last one's thread is there.
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let mut names = thread_names(child.id());
+    while !names.iter().any(|name| name == "ivcpu") && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(10));
+        names = thread_names(child.id());
+    }
     kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
     wait_within(&mut child, Duration::from_secs(5));
     for name in ["vcpu0", "ivcpu"] {

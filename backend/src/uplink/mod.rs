@@ -3,6 +3,7 @@
 //! An uplink is opened once for the life of the program, as one [`Pair`] a queue pair; each pair belongs to the poll
 //! thread of its queue pair for the time of a session.
 
+pub mod batch;
 pub mod pair;
 pub mod tap;
 
@@ -40,7 +41,7 @@ pub fn open(kind: &UplinkKind, queue_pairs: usize) -> Result<(Offloads, Vec<Pair
     Ok(match kind {
         UplinkKind::Tap(name) => {
             let (tap, pairs) = Tap::open(name, queue_pairs)?;
-            (Offloads(Some(Arc::new(tap))), pairs.into_iter().map(Pair::Tap).collect())
+            (Offloads(Some(Arc::new(tap))), pairs.into_iter().map(Box::new).map(Pair::Tap).collect())
         }
         UplinkKind::Null => of(&|| Pair::Null),
         UplinkKind::Loop => of(&|| Pair::Loop(Loop::default())),

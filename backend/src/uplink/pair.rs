@@ -9,7 +9,7 @@ use crate::uplink::tap::TapPair;
 /// One queue pair's end of an uplink.
 pub enum Pair {
     /// A queue of a TAP device.
-    Tap(TapPair),
+    Tap(Box<TapPair>),
     /// Swallows every frame, gives none.
     Null,
     /// Gives every frame back, the two MAC addresses swapped.

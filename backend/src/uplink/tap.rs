@@ -1,5 +1,5 @@
-//! A TAP device as uplink: each frame is one `writev` or `readv` straight from or into guest buffers, the virtio
-//! header in front (`IFF_VNET_HDR`).
+//! A TAP device as uplink: each frame is one write or read straight from or into guest buffers, the virtio header in
+//! front (`IFF_VNET_HDR`). Bursts of writes are batched.
 //!
 //! The descriptors stay attached to the device when it is moved into another network namespace; nothing here looks
 //! the device up again by its name after it was opened.
@@ -10,10 +10,12 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_net::*;
 
 use crate::device::header_length;
 use crate::memory::{Chain, Chains};
+use crate::uplink::batch::{Batch, WORTHWHILE};
 
 /// What can go wrong with a TAP device.
 #[derive(Debug, thiserror::Error)]
@@ -100,9 +102,8 @@ impl Tap {
             bring_up(name).map_err(|error| setup("link up", error))?;
         }
         let tap = Tap { name: name.to_owned(), control };
-        tap.negotiated(u64::MAX & !offload_features())?;
-        let pairs = queues.into_iter().map(|queue| TapPair { queue, multi_queue, enabled: true });
-        Ok((tap, pairs.collect()))
+        tap.negotiated(1 << VIRTIO_F_VERSION_1)?;
+        Ok((tap, queues.into_iter().map(|queue| TapPair::new(queue, multi_queue)).collect()))
     }
 
     /// Lets the kernel hand us what the driver can take: unfinished checksums, and segments of up to 64 KiB.
@@ -135,13 +136,6 @@ impl Tap {
             unsafe { libc::ioctl(self.control.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const header) };
         check(result).map_err(|error| setup("TUNSETVNETHDRSZ", error))
     }
-}
-
-/// Feature bits that make the kernel give us unfinished frames.
-fn offload_features() -> u64 {
-    [VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_ECN]
-        .iter()
-        .fold(0, |all, bit| all | 1 << bit)
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {
@@ -185,14 +179,22 @@ fn bring_up(name: &str) -> io::Result<()> {
 }
 
 /// One queue of a TAP device.
-#[derive(Debug)]
 pub struct TapPair {
     queue: File,
+    /// `None` where io_uring is not to be had: every write is a system call then.
+    batch: Option<Batch>,
     multi_queue: bool,
     enabled: bool,
 }
 
 impl TapPair {
+    fn new(queue: File, multi_queue: bool) -> Self {
+        let batch = Batch::new(queue.as_fd())
+            .inspect_err(|error| tracing::info!("no io_uring ({error}): frames are written one by one"))
+            .ok();
+        TapPair { queue, batch, multi_queue, enabled: true }
+    }
+
     /// The queue's descriptor: readable when a frame waits.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.queue.as_fd()
@@ -200,8 +202,21 @@ impl TapPair {
 
     /// Sends each frame; the kernel refuses (EINVAL) a header that contradicts its frame.
     pub fn send(&mut self, chains: &Chains, mut sent: impl FnMut(&Chain, bool)) {
-        for (chain, vectors) in chains.iter() {
-            sent(chain, chain.bytes != 0 && self.write(vectors));
+        let batch = self.batch.as_mut().filter(|_| chains.len() >= WORTHWHILE);
+        match batch.map(|batch| batch.write(chains)) {
+            Some(Ok(results)) => {
+                chains.iter().zip(results).for_each(|((chain, _), &result)| sent(chain, result >= 0));
+            }
+            Some(Err(error)) => {
+                tracing::warn!("io_uring failed ({error}): from now on frames are written one by one");
+                self.batch = None;
+                chains.iter().for_each(|(chain, _)| sent(chain, false));
+            }
+            None => {
+                for (chain, vectors) in chains.iter() {
+                    sent(chain, chain.bytes != 0 && self.write(vectors));
+                }
+            }
         }
     }
 

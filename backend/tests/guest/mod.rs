@@ -250,18 +250,26 @@ impl Guest {
 
     /// Makes the chain at `head` available and kicks if the backend asks for it.
     pub(crate) fn offer(&mut self, queue: usize, head: u16) {
+        self.offer_all(queue, [head]);
+    }
+
+    /// Makes chains available all at once and kicks if the backend asks for it.
+    pub(crate) fn offer_all(&mut self, queue: usize, heads: impl IntoIterator<Item = u16>) {
         let ring = &mut self.queues[queue];
         let base = ring.table + AVAILABLE;
-        let slot = u64::from(ring.available.0 % SIZE);
-        self.memory.store(head.to_le(), GuestAddress(base + 4 + 2 * slot), Ordering::Relaxed).unwrap();
-        ring.available += 1;
+        let before = ring.available;
+        for head in heads {
+            let slot = u64::from(ring.available.0 % SIZE);
+            self.memory.store(head.to_le(), GuestAddress(base + 4 + 2 * slot), Ordering::Relaxed).unwrap();
+            ring.available += 1;
+        }
         self.memory.store(ring.available.0.to_le(), GuestAddress(base + 2), Ordering::Release).unwrap();
         fence(Ordering::SeqCst);
         let event_index = self.features & (1 << 29) != 0;
         let asked = if event_index {
             let at = ring.table + USED + 4 + 8 * u64::from(SIZE);
             let event: u16 = self.memory.load(GuestAddress(at), Ordering::Relaxed).unwrap();
-            event == (ring.available - Wrapping(1)).0
+            Wrapping(event) - before < ring.available - before
         } else {
             let flags: u16 = self.memory.load(GuestAddress(ring.table + USED), Ordering::Relaxed).unwrap();
             flags & 1 == 0
@@ -304,11 +312,16 @@ impl Guest {
 
     /// Offers a frame on a transmit ring, a zeroed header and `frame` in one buffer.
     pub(crate) fn send(&mut self, queue: usize, index: u16, frame: &[u8]) {
+        self.prepare(queue, index, frame);
+        self.offer(queue, index);
+    }
+
+    /// Writes a frame and its descriptor, and offers nothing yet.
+    pub(crate) fn prepare(&mut self, queue: usize, index: u16, frame: &[u8]) {
         let at = Self::buffer(queue, index);
         let bytes = [&[0; HEADER], frame].concat();
         self.memory.write_slice(&bytes, GuestAddress(at)).unwrap();
         self.describe(queue, index, at, bytes.len() as u32, 0, 0);
-        self.offer(queue, index);
     }
 
     /// Waits for a used entry.

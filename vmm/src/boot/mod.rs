@@ -5,6 +5,7 @@ pub mod cpuid;
 pub mod kernel;
 pub mod mtrr;
 pub mod registers;
+pub mod reset_vector;
 
 /// Guest-physical addresses of what is put below 1 MiB before the guest starts.
 pub mod layout {
@@ -25,7 +26,9 @@ pub mod layout {
     /// The ACPI tables, in the area PC firmware uses for them.
     pub const ACPI: u64 = 0xe_0000;
     /// Room for the ACPI tables.
-    pub const ACPI_SIZE: u64 = 0x2_0000;
+    pub const ACPI_SIZE: u64 = 0x1_0000;
+    /// Where a real-mode jump to the firmware restarts the machine.
+    pub const RESET_VECTOR: u64 = 0xf_fff0;
     /// Start of memory above 1 MiB.
     pub const HIGH_MEMORY: u64 = 0x10_0000;
 }

@@ -37,12 +37,11 @@ impl FromStr for NetOptions {
         })?;
         options.finish()?;
         if vhost_user != Some(true) {
-            return Err(suboption::Error::Missing(
-                "vhost_user=true, the one kind of network device there is: vhost_user",
-            ));
+            // The one kind of network device there is, and Cloud Hypervisor's word for it.
+            return Err(suboption::Error::Missing("vhost_user=true"));
         }
         Ok(Self {
-            socket: socket.ok_or(suboption::Error::Missing("socket"))?,
+            socket: socket.ok_or(suboption::Error::Missing("socket="))?,
             mac: mac.map_or_else(Mac::random, Ok).map_err(|error| suboption::Error::Value {
                 key: "mac".to_owned(),
                 value: String::new(),

@@ -120,7 +120,7 @@ impl Rig {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(directory.path().join("socket")).unwrap();
-        Self { directory, listener, memory: crate::memory::allocate(32 << 20).unwrap() }
+        Self { directory, listener, memory: crate::memory::allocate(&"size=32M".parse().unwrap()).unwrap() }
     }
 
     fn socket(&self) -> std::path::PathBuf {
@@ -285,7 +285,7 @@ fn backends_may_count_rings_or_pairs_but_must_have_enough() {
 #[test]
 fn an_absent_socket_is_said_to_be_absent() {
     let text = "vhost_user=true,socket=/nonexistent/socket";
-    let memory = crate::memory::allocate(32 << 20).unwrap();
+    let memory = crate::memory::allocate(&"size=32M".parse().unwrap()).unwrap();
     let error = VhostUserNet::new(text.parse().unwrap(), memory).err().unwrap();
     assert!(matches!(error, Error::Connect { path, .. } if path == Path::new("/nonexistent/socket")));
 }

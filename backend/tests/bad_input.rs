@@ -1,0 +1,121 @@
+//! Bad input: one clear line on stderr, a failure as exit status, nothing left behind.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Output, Stdio};
+
+fn backend(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ivcpu-backend"));
+    command.args(arguments).stdin(Stdio::null());
+    command
+}
+
+#[track_caller]
+fn refused(output: &Output, with: &str) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success());
+    assert!(said.contains(with), "{said}");
+    assert!(!said.contains("panicked"), "{said}");
+    let words: Vec<_> = said.lines().filter(|line| !line.is_empty()).collect();
+    // clap adds its usage lines to what it refuses.
+    assert!(words.len() == 1 || said.contains("For more information, try '--help'"), "{said}");
+}
+
+#[test]
+fn each_is_one_clear_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    let socket = socket.to_str().unwrap();
+    let taken = dir.path().join("taken");
+    let _listener = UnixListener::bind(&taken).unwrap();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let no_dir = dir.path().join("no/s");
+    let path = |path: &std::path::Path| path.to_str().unwrap().to_owned();
+    for (arguments, with) in [
+        (vec!["--socket-path", socket, "--uplink", "bridge:b"], "unknown uplink"),
+        (vec!["--socket-path", socket, "--uplink", "null", "--poll-us", "soon"], "--poll-us"),
+        (vec!["--socket-path", socket, "--uplink", "null", "--queue-pairs", "0"], "--queue-pairs"),
+        (vec!["--socket-path", socket, "--uplink", "null", "--frobnicate"], "--frobnicate"),
+        (vec!["--socket-path", socket, "--uplink", "null", "--affinity", "[999]"], "pCPU 999"),
+        (vec!["--socket-path", socket, "--uplink", "tap:a/b"], "a TAP name has"),
+        (vec!["--socket-path", socket, "--uplink", "tap:sixteen-letters!"], "a TAP name has"),
+        (vec!["--socket-path", socket], "--uplink"),
+        (vec!["--uplink", "null"], "--socket-path"),
+        (vec!["--socket-path", &path(&taken), "--uplink", "null"], "is in use"),
+        (vec!["--socket-path", &path(&file), "--uplink", "null"], "is not a socket"),
+        (vec!["--socket-path", &path(&no_dir), "--uplink", "null"], "cannot listen"),
+        (vec!["--fd", "77", "--uplink", "null"], "file descriptor 77"),
+        (vec!["--socket-path", socket, "--uplink", "null", "--stats-socket", &path(&taken)], "is in use"),
+    ] {
+        refused(&backend(&arguments).output().unwrap(), with);
+    }
+    assert!(!std::path::Path::new(socket).exists());
+    assert!(file.exists() && taken.exists());
+}
+
+#[test]
+fn a_tap_without_rights_names_the_remedy() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    let mut command = backend(&["--socket-path", socket.to_str().unwrap(), "--uplink", "tap:ivtnone"]);
+    if nix::unistd::geteuid().is_root() {
+        command.uid(65534).gid(65534);
+    }
+    let output = match command.output() {
+        Ok(output) => output,
+        // The program lies where nobody may look.
+        Err(error) => return eprintln!("SKIPPED: cannot run it as another user: {error}"),
+    };
+    assert!(!output.status.success());
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("no rights to TAP") || said.contains("cannot open /dev/net/tun"), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+}
+
+#[test]
+fn capabilities_are_those_of_a_network_device() {
+    let output = backend(&["--print-capabilities"]).output().unwrap();
+    let capabilities: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(output.status.success());
+    assert_eq!(capabilities["type"], "net");
+}
+
+/// Starts a backend with `socket` as its descriptor 9.
+fn with_descriptor(socket: OwnedFd) -> std::process::Child {
+    let mut command = backend(&["--fd", "9", "--uplink", "null"]);
+    let number = socket.as_raw_fd();
+    // SAFETY: between fork and exec only dup2 is called, which is async-signal-safe.
+    unsafe {
+        command.pre_exec(move || {
+            if libc::dup2(number, 9) < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+        });
+    }
+    command.spawn().unwrap()
+}
+
+#[test]
+fn an_inherited_socket_may_be_connected_or_listening() {
+    use vhost::VhostBackend;
+    use vhost::vhost_user::Frontend;
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut child = with_descriptor(theirs.into());
+    let frontend = Frontend::from_stream(ours, 2);
+    frontend.set_owner().unwrap();
+    assert!(frontend.get_features().unwrap() & (1 << 32) != 0);
+    drop(frontend);
+    // One connection, one session.
+    assert!(child.wait().unwrap().success());
+
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let mut child = with_descriptor(UnixListener::bind(&path).unwrap().into());
+    for _ in 0..2 {
+        let frontend = Frontend::connect(&path, 2).unwrap();
+        frontend.set_owner().unwrap();
+        assert!(frontend.get_features().unwrap() & (1 << 32) != 0);
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
