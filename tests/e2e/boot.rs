@@ -120,7 +120,7 @@ fn two_queue_pairs_carry_two_connections_beside_a_bystander() -> Result<()> {
         let after = vm.iterations()?;
         ensure!(after.iter().zip(&before).all(|(after, before)| after > before), "{before:?} {after:?}");
         ensure!(vm.interrupts()?.iter().filter(|interrupt| interrupt.is_queue()).count() >= 4);
-        for tool in ["iperf3 --version", "sockperf --version", "ethtool --version", "ip -V"] {
+        for tool in ["iperf3 --version", "sockperf --version", "ethtool --version", "/usr/bin/ip -V"] {
             let (status, text) = vm.run(tool)?;
             ensure!(status == 0, "{tool} in the guest: {text}");
         }
