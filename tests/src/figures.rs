@@ -82,15 +82,18 @@ impl Load {
     }
 
     /// Largest less smallest window, a row, times the number of windows: the spread of the summed figure if all
-    /// windows erred the same way.
-    fn spread(&self, pcpu: u32) -> Rows {
+    /// windows erred the same way. One window has none.
+    fn spread(&self, pcpu: u32) -> Option<Rows> {
+        if self.windows.len() < 2 {
+            return None;
+        }
         let mut spread = Rows::default();
         for row in Row::ALL {
             let counts = self.windows.iter().map(|w| w.exits.get(&pcpu).map_or(0, |rows| rows.count(row)));
             let (low, high) = counts.fold((u64::MAX, 0), |(l, h), n| (l.min(n), h.max(n)));
             spread.add(row, high.saturating_sub(low) * self.windows.len() as u64);
         }
-        spread
+        Some(spread)
     }
 
     fn guest_irqs(&self) -> Option<GuestIrqs> {
@@ -220,7 +223,7 @@ mod tests {
         assert_eq!(f.mbps, Some(4000.0));
         assert_eq!(f.pcpus[0].exits.count(Row::ExternalIntr), 12);
         assert_eq!(f.pcpus[0].control.count(Row::ExternalIntr), 10);
-        assert_eq!(f.pcpus[0].control_spread.count(Row::ExternalIntr), 4);
+        assert_eq!(f.control_spread(Row::ExternalIntr, Some(Role::App)), Some(4));
         assert_eq!(f.exits_total, Some(312));
         assert_eq!(f.kvm_exits, Some(20));
         assert_eq!(f.bystander, Some(Bystander { share: 0.8 }));

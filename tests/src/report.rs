@@ -158,6 +158,9 @@ fn share_line(f: &Figures, row: Row) -> String {
         Share::Claimed(share) => {
             format!("device-caused {row} exits on the IVCPU's pCPU: {:.2} %", share * 100.0)
         }
+        Share::NoSpread => {
+            format!("device-caused {row} exits: no share claimed, a single control window has no spread")
+        }
         Share::TooNoisy { net, spread } => format!(
             "device-caused {row} exits: no share claimed, net {net} is under ten times the control's spread {spread}"
         ),

@@ -185,8 +185,8 @@ pub struct Pcpu {
     pub exits: Rows,
     /// Exits over equally long windows with the same spinning threads and no traffic.
     pub control: Rows,
-    /// Largest less smallest control window, a row, scaled to the summed windows.
-    pub control_spread: Rows,
+    /// Largest less smallest control window, a row, scaled to the summed windows; null where there was only one.
+    pub control_spread: Option<Rows>,
     /// CPU time this pCPU used over the windows with traffic: busy time natively, the time of the emulator's thread
     /// in the lab.
     pub cpu_seconds: Option<f64>,
@@ -275,6 +275,8 @@ pub enum Share {
         /// Spread of the control.
         spread: u64,
     },
+    /// A single control window has no spread to compare with.
+    NoSpread,
 }
 
 impl Figures {
@@ -288,11 +290,17 @@ impl Figures {
         self.pcpus.iter().filter(|p| role.is_none_or(|r| r == p.role)).map(|p| Self::net(p, row)).sum()
     }
 
+    /// Spread of the control of one row over all pCPUs of a role, or of all roles; none for a single window.
+    pub fn control_spread(&self, row: Row, role: Option<Role>) -> Option<u64> {
+        let pcpus = self.pcpus.iter().filter(|p| role.is_none_or(|r| r == p.role));
+        pcpus.map(|p| p.control_spread.as_ref().map(|rows| rows.count(row))).sum()
+    }
+
     /// The part of a row's net exits that the IVCPU's pCPU took. Claimed only where the net is at least ten times the
     /// control's spread, summed over the pCPUs.
     pub fn ivcpu_share(&self, row: Row) -> Share {
         let net = self.net_of(row, None);
-        let spread: u64 = self.pcpus.iter().map(|p| p.control_spread.count(row)).sum();
+        let Some(spread) = self.control_spread(row, None) else { return Share::NoSpread };
         if net <= 0 || (net as u64) < spread.saturating_mul(10) {
             return Share::TooNoisy { net, spread };
         }
@@ -342,7 +350,7 @@ mod tests {
             rows.add(Row::ExternalIntr, n);
             rows
         };
-        let (exits, control, control_spread) = (rows(exits), rows(control), rows(spread));
+        let (exits, control, control_spread) = (rows(exits), rows(control), Some(rows(spread)));
         Pcpu { pcpu, role, exits, control, control_spread, cpu_seconds: None }
     }
 
@@ -372,6 +380,14 @@ mod tests {
         let pcpus = vec![pcpu(0, Role::App, 510, 500, 60), pcpu(3, Role::Ivcpu, 590, 0, 5)];
         let figures = Figures { pcpus, ..Default::default() };
         assert_eq!(figures.ivcpu_share(Row::ExternalIntr), Share::TooNoisy { net: 600, spread: 65 });
+    }
+
+    #[test]
+    fn one_control_window_claims_nothing() {
+        let mut pcpus = vec![pcpu(3, Role::Ivcpu, 990, 0, 0)];
+        pcpus[0].control_spread = None;
+        let figures = Figures { pcpus, ..Default::default() };
+        assert_eq!(figures.ivcpu_share(Row::ExternalIntr), Share::NoSpread);
     }
 
     #[test]

@@ -81,7 +81,9 @@ impl Plan {
 
 /// Boots, measures, powers off.
 pub fn measure(host: &mut Host, plan: &Plan) -> anyhow::Result<Measured> {
-    keep_host_irqs_off_measured_pcpus();
+    if host.is_emulated() {
+        keep_host_irqs_off_measured_pcpus();
+    }
     let mut testbed = Testbed::start(host, &plan.setup)?;
     let vcpus: Vec<_> = (0..testbed.config.application_vcpus).collect();
     testbed.vm.start_bystander(&vcpus, true)?;
@@ -107,7 +109,7 @@ pub fn measure(host: &mut Host, plan: &Plan) -> anyhow::Result<Measured> {
 }
 
 /// The emulated host's own devices interrupt the wire's pCPU only. One that cannot be moved stays, for control and
-/// traffic alike.
+/// traffic alike. A real machine's interrupts are left alone: they are not ours.
 fn keep_host_irqs_off_measured_pcpus() {
     let Ok(irqs) = fs::read_dir("/proc/irq") else { return };
     for irq in irqs.flatten() {

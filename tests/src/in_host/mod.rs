@@ -59,6 +59,11 @@ impl Host {
         Ok(Self { workspace: Workspace::locate()?, outside, logs, scratch })
     }
 
+    /// Whether this is the emulated host, which is gone after the run.
+    pub fn is_emulated(&self) -> bool {
+        matches!(self.outside, Outside::Emulator { .. })
+    }
+
     /// The guest `config` describes, with the provisioned kernel and the guest image made for it.
     pub fn guest_files(&self, kernel: Kernel) -> anyhow::Result<(PathBuf, PathBuf)> {
         let image = guest_image(&self.workspace, kernel);
