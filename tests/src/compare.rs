@@ -69,7 +69,12 @@ pub fn compare(workspace: &Workspace, options: &CompareOptions) -> anyhow::Resul
     let begin = Instant::now();
     for (number, plan) in plans.iter().enumerate() {
         eprintln!("lab: {} of {}: {}", number + 1, plans.len(), describe(&plan.setup));
-        let measured = place.measure(plan);
+        let mut measured = place.measure(plan);
+        if let Err(error) = &measured {
+            // A guest that the emulator lost is no figure; one that fails twice is.
+            eprintln!("lab:   failed, once more: {error:#}");
+            measured = place.measure(plan);
+        }
         match &measured {
             Ok(measured) => eprintln!("lab:   {}", at_a_glance(plan, measured)),
             Err(error) => eprintln!("lab:   failed: {error:#}"),
