@@ -12,6 +12,7 @@ pub mod daemon;
 pub mod device;
 pub mod door;
 pub mod from_guest;
+pub mod mapped;
 pub mod memory;
 pub mod ring;
 pub mod session;

@@ -1,9 +1,10 @@
 //! One virtqueue as the data path sees it: take chains, give them back, ask whether to notify.
 //!
 //! Who writes what: the driver writes the descriptor table and the available ring, we write the used ring. Everything
-//! in the driver's half may change at any moment and is hostile. `virtio-queue` does the available side (it checks
-//! the index jump) and the walk along a chain; the used side is here, because several buffers of one mergeable frame
-//! must be published by one index update: a driver that saw the first without the others would count a broken frame.
+//! in the driver's half may change at any moment and is hostile. `virtio-queue` keeps the ring's state and asks for
+//! kicks; taking and giving back is here, on parts of the ring that are looked up once, and because several buffers
+//! of one mergeable frame must be published by one index update: a driver that saw the first without the others would
+//! count a broken frame.
 //!
 //! Chains are given back strictly in the order they were made available, so the ring can be resumed from the used
 //! index alone when this process dies.
@@ -19,9 +20,10 @@ use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
+use crate::mapped::Mapped;
 use crate::memory::{Access, Chains};
 
 /// Why a ring was stopped.
@@ -33,26 +35,48 @@ pub enum Error {
     /// The size the frontend set is unusable.
     #[error("size {0} is not a power of two")]
     Size(u16),
-    /// The available ring cannot be read, or its index jumped by more than the ring's size.
-    #[error("the driver broke the available ring: {0}")]
-    Available(#[source] virtio_queue::Error),
+    /// The index jumped.
+    #[error("the driver made {0} chains available at once, more than the ring holds")]
+    Index(u16),
+    /// Kicks cannot be asked for or refused.
+    #[error("cannot write the driver's kick suppression: {0}")]
+    Suppression(#[source] virtio_queue::Error),
     /// A head that is not in the descriptor table.
     #[error("the driver made descriptor {0} available, which does not exist")]
     Head(u16),
-    /// The used ring cannot be written.
-    #[error("the used ring cannot be written: {0}")]
-    Used(#[source] vm_memory::GuestMemoryError),
     /// The eventfd for kicks cannot be read.
     #[error("cannot read the kick eventfd: {0}")]
     Kick(#[source] std::io::Error),
 }
 
-/// Words in the ring's memory layout (virtio 1.2, 2.7.6 and 2.7.8).
-const RING_FLAGS: u64 = 0;
-const RING_INDEX: u64 = 2;
-const RING_ENTRIES: u64 = 4;
-const AVAILABLE_ENTRY: u64 = 2;
-const USED_ENTRY: u64 = 8;
+/// Where things lie in the available and the used ring, and the bytes of their entries (virtio 1.2, 2.7.6 and 2.7.8).
+const FLAGS: usize = 0;
+const INDEX: usize = 2;
+const ENTRIES: usize = 4;
+const AVAILABLE_ENTRY: usize = 2;
+const USED_ENTRY: usize = 8;
+const DESCRIPTOR: usize = 16;
+
+/// The three parts of a ring in guest memory.
+struct Parts {
+    table: Mapped,
+    available: Mapped,
+    used: Mapped,
+}
+
+impl Parts {
+    /// Looks them up; `None` when one of them does not lie in guest memory.
+    fn find(queue: &Queue, memory: &Arc<GuestMemoryMmap>) -> Option<Self> {
+        let size = usize::from(queue.size());
+        // Behind the entries there is one more word in each ring, for the event index.
+        let part = |address, length| Mapped::new(memory, GuestAddress(address), length);
+        Some(Parts {
+            table: part(queue.desc_table(), DESCRIPTOR * size)?,
+            available: part(queue.avail_ring(), ENTRIES + AVAILABLE_ENTRY * size + 2)?,
+            used: part(queue.used_ring(), ENTRIES + USED_ENTRY * size + 2)?,
+        })
+    }
+}
 
 /// One virtqueue.
 pub struct Ring {
@@ -69,9 +93,9 @@ pub struct Ring {
     call: Option<File>,
     error: Option<File>,
     enabled: bool,
-    /// Size and addresses are usable with the memory map of now. A frontend may take a region away and put it back,
-    /// so this is looked at again with every change.
-    reachable: bool,
+    /// The started ring's parts, while its size and addresses are usable with the memory map of now. A frontend may take
+    /// a region away and put it back, so they are looked up again with every change.
+    parts: Option<Parts>,
     broken: bool,
     bad_size: Option<u16>,
     mergeable: bool,
@@ -93,7 +117,7 @@ impl Ring {
             call: None,
             error: None,
             enabled: false,
-            reachable: false,
+            parts: None,
             broken: false,
             bad_size: None,
             mergeable: false,
@@ -178,7 +202,6 @@ impl Ring {
         self.untake();
         self.queue.set_ready(started);
         self.broken = false;
-        self.reachable = true;
         self.kicks_wanted = true;
         self.check();
     }
@@ -210,28 +233,27 @@ impl Ring {
         self.queue.set_next_avail(base);
     }
 
-    /// Looks whether a started ring can be used, and pauses it while it cannot.
+    /// Looks up a started ring's parts; it pauses while they cannot be found.
     fn check(&mut self) {
-        let problem = if !self.queue.ready() {
-            None
-        } else if let Some(size) = self.bad_size {
-            Some(Error::Size(size))
-        } else if !self.queue.is_valid(&**self.chains.memory()) {
-            Some(Error::Addresses)
-        } else {
-            None
-        };
-        if let (Some(problem), true) = (&problem, self.reachable) {
-            tracing::warn!("{}: {problem}; the ring pauses until that changes", self.name);
+        self.parts = None;
+        if !self.queue.ready() {
+            return;
         }
-        self.reachable = problem.is_none();
+        let parts = match self.bad_size {
+            Some(size) => Err(Error::Size(size)),
+            None => Parts::find(&self.queue, self.chains.memory()).ok_or(Error::Addresses),
+        };
+        match parts {
+            Ok(parts) => self.parts = Some(parts),
+            Err(problem) => tracing::warn!("{}: {problem}; the ring pauses until that changes", self.name),
+        }
     }
 
     // --- What the data path does ------------------------------------------------------------------------------
 
-    /// Whether chains may be taken: started, reachable and not broken.
+    /// Whether chains may be taken: started, its parts found, and not broken.
     pub fn is_running(&self) -> bool {
-        self.queue.ready() && self.reachable && !self.broken
+        self.parts.is_some() && !self.broken
     }
 
     /// Whether frames may pass.
@@ -269,40 +291,43 @@ impl Ring {
         if self.chains.len() >= count || self.chains.bytes() >= bytes {
             return;
         }
-        let memory = self.chains.memory().clone();
+        if let Err(error) = self.try_take(count, bytes) {
+            self.stop(error);
+        }
+    }
+
+    fn try_take(&mut self, count: usize, bytes: usize) -> Result<(), Error> {
+        let Some(Parts { table, available, .. }) = &self.parts else { return Ok(()) };
         let size = self.queue.size();
-        let mut heads = match self.queue.iter(&*memory) {
-            Ok(heads) => heads,
-            Err(error) => return self.stop(Error::Available(error)),
-        };
-        // What is held has not been given back, so at most `size` chains can ever be held.
-        let room = count.min(usize::from(size));
-        let mut bad = None;
-        while self.chains.len() < room && self.chains.bytes() < bytes {
-            let Some(chain) = heads.next() else { break };
-            if chain.head_index() >= size {
-                bad = Some(chain.head_index());
-                break;
+        // Acquire: whoever sees the index sees the entries and descriptors before it.
+        let index = available.load(INDEX, Ordering::Acquire).ok_or(Error::Addresses)?;
+        let mut next = self.queue.next_avail();
+        // What is held has not been given back, so the driver cannot have offered more than the rest of the ring.
+        let offered = index.wrapping_sub(self.base());
+        if offered > size {
+            return Err(Error::Index(offered));
+        }
+        while next != index && self.chains.len() < count && self.chains.bytes() < bytes {
+            let entry = ENTRIES + AVAILABLE_ENTRY * usize::from(next % size);
+            let head = available.load(entry, Ordering::Relaxed).ok_or(Error::Addresses)?;
+            if head >= size {
+                return Err(Error::Head(head));
             }
-            self.chains.push(chain, size, self.header);
+            self.chains.push(table, head, self.header);
+            next = next.wrapping_add(1);
+            self.queue.set_next_avail(next);
         }
-        if let Some(head) = bad {
-            self.stop(Error::Head(head));
-        }
+        Ok(())
     }
 
     /// Gives the oldest chain back with `written` bytes in it. The driver sees it after [`Self::publish`].
     pub fn give_back(&mut self, written: usize) {
-        let Some(chain) = self.chains.pop() else { return };
-        let entry = u64::from(self.next_used.0 % self.queue.size().max(1));
-        let address = GuestAddress(self.queue.used_ring()).checked_add(RING_ENTRIES + entry * USED_ENTRY);
+        let (Some(Parts { used, .. }), Some(chain)) = (&self.parts, self.chains.pop()) else { return };
         // An entry is two 32-bit words, id and length, each little-endian.
-        let element = (u64::from(chain.head) | (written as u64) << 32).to_le();
-        let Some(address) = address else { return self.stop(Error::Addresses) };
-        match self.chains.memory().write_obj(element, address) {
-            Ok(()) => self.next_used += Wrapping(1),
-            Err(error) => self.stop(Error::Used(error)),
-        }
+        let element = u64::from(chain.head) | (written as u64) << 32;
+        let entry = ENTRIES + USED_ENTRY * usize::from(self.next_used.0 % self.queue.size());
+        used.write(entry, element.to_le_bytes());
+        self.next_used += Wrapping(1);
     }
 
     /// Whether entries were given back that the driver cannot see yet.
@@ -312,16 +337,10 @@ impl Ring {
 
     /// Makes all entries given back visible to the driver.
     pub fn publish(&mut self) {
-        if !self.is_unpublished() || self.broken {
-            return;
-        }
-        let Some(address) = GuestAddress(self.queue.used_ring()).checked_add(RING_INDEX) else {
-            return self.stop(Error::Addresses);
-        };
-        // Release: whoever sees the index sees the entries and the frames in the buffers.
-        match self.chains.memory().store(self.next_used.0.to_le(), address, Ordering::Release) {
-            Ok(()) => self.published = self.next_used,
-            Err(error) => self.stop(Error::Used(error)),
+        if let Some(Parts { used, .. }) = &self.parts {
+            // Release: whoever sees the index sees the entries and the frames in the buffers.
+            used.store(INDEX, self.next_used.0, Ordering::Release);
+            self.published = self.next_used;
         }
     }
 
@@ -337,19 +356,16 @@ impl Ring {
         }
         let old = std::mem::replace(&mut self.decided, self.published);
         fence(Ordering::SeqCst);
-        let available = GuestAddress(self.queue.avail_ring());
-        let event = RING_ENTRIES + AVAILABLE_ENTRY * u64::from(self.queue.size());
-        let offset = if self.queue.event_idx_enabled() { event } else { RING_FLAGS };
-        let word = available
-            .checked_add(offset)
-            .and_then(|address| self.chains.memory().load::<u16>(address, Ordering::Relaxed).ok())
-            .map(u16::from_le);
-        match word {
-            None => true,
-            Some(flags) if !self.queue.event_idx_enabled() => {
-                u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0
-            }
-            Some(event) => event_crossed(Wrapping(event), self.published, old),
+        let Some(Parts { available, .. }) = &self.parts else { return true };
+        if self.queue.event_idx_enabled() {
+            let event = ENTRIES + AVAILABLE_ENTRY * usize::from(self.queue.size());
+            available
+                .load(event, Ordering::Relaxed)
+                .is_none_or(|event| event_crossed(Wrapping(event), self.published, old))
+        } else {
+            available
+                .load(FLAGS, Ordering::Relaxed)
+                .is_none_or(|flags| u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
         }
     }
 
@@ -369,7 +385,7 @@ impl Ring {
         match self.queue.enable_notification(&**self.chains.memory()) {
             Ok(more) => more,
             Err(error) => {
-                self.stop(Error::Available(error));
+                self.stop(Error::Suppression(error));
                 true
             }
         }
@@ -381,7 +397,7 @@ impl Ring {
         if self.kicks_wanted && !self.queue.event_idx_enabled() {
             let result = self.queue.disable_notification(&**self.chains.memory());
             if let Err(error) = result {
-                self.stop(Error::Available(error));
+                self.stop(Error::Suppression(error));
             }
         }
         self.kicks_wanted = false;

@@ -99,8 +99,12 @@ impl ToGuest {
     /// Reads one frame into the oldest chains, and into `overflow` what does not fit.
     fn receive(&mut self, ring: &Ring, pair: &mut Pair) -> Option<Waiting> {
         let chains = if ring.is_mergeable() { usize::MAX } else { 1 };
+        if let (true, Some(vectors)) = (ring.is_mergeable(), ring.chains().whole()) {
+            let placed = pair.receive(vectors, ring.header())?;
+            return Some(Waiting { placed, overflowed: 0, epoch: ring.chains().epoch() });
+        }
         self.vectors.clear();
-        let room = ring.chains().gather(chains, MAX_FRAME, &mut self.vectors);
+        let room = ring.chains().gather(chains, &mut self.vectors);
         if room < MAX_FRAME {
             self.vectors.push(libc::iovec {
                 iov_base: self.overflow.as_mut_ptr().cast(),
