@@ -17,9 +17,37 @@ fn refused(output: &Output, with: &str) {
     assert!(!output.status.success());
     assert!(said.contains(with), "{said}");
     assert!(!said.contains("panicked"), "{said}");
-    let words: Vec<_> = said.lines().filter(|line| !line.is_empty()).collect();
-    // clap adds its usage lines to what it refuses.
-    assert!(words.len() == 1 || said.contains("For more information, try '--help'"), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(said.starts_with("ivcpu-backend: "), "{said}");
+}
+
+#[test]
+fn a_command_line_that_is_not_understood_is_one_line_and_status_2() {
+    for (arguments, with) in [
+        (&[][..], "--uplink"),
+        (&["--bogus"], "'--bogus'"),
+        (&["--fd", "9", "--uplink", "bridge:b"], "unknown uplink"),
+        (&["--fd", "9", "--uplink"], "--uplink"),
+        (&["--fd", "9", "--uplink", "null", "--poll-us", "-1"], "--poll-us"),
+        (&["--fd", "9", "--uplink", "null", "--queue-pairs", "-1"], "--queue-pairs"),
+        (&["--fd", "-1", "--uplink", "null"], "--fd"),
+        (&["--fd", "9", "--uplink", "null", "--mac", "01:00:00:00:00:00"], "multicast"),
+        (&["--fd", "9", "--uplink", "null", "--socket-path", "s"], "cannot be used with"),
+        (&["--fd", "9", "--uplink", "null", "stray"], "'stray'"),
+    ] {
+        let output = backend(arguments).output().unwrap();
+        refused(&output, with);
+        assert_eq!(output.status.code(), Some(2));
+    }
+}
+
+#[test]
+fn help_and_version_are_answers() {
+    for (argument, with) in [("--help", "--poll-us"), ("--version", env!("CARGO_PKG_VERSION"))] {
+        let output = backend(&[argument]).output().unwrap();
+        assert!(output.status.success() && output.stderr.is_empty());
+        assert!(String::from_utf8(output.stdout).unwrap().contains(with));
+    }
 }
 
 #[test]
