@@ -110,14 +110,15 @@ fn capabilities_are_those_of_a_network_device() {
     assert_eq!(capabilities["type"], "net");
 }
 
-/// Starts a backend with `socket` as its descriptor 9.
+/// Starts a backend with `socket` as its descriptor 99: higher than any the test has itself, which `dup2` would
+/// replace.
 fn with_descriptor(socket: OwnedFd) -> std::process::Child {
-    let mut command = backend(&["--fd", "9", "--uplink", "null"]);
+    let mut command = backend(&["--fd", "99", "--uplink", "null"]);
     let number = socket.as_raw_fd();
     // SAFETY: between fork and exec only dup2 is called, which is async-signal-safe.
     unsafe {
         command.pre_exec(move || {
-            if libc::dup2(number, 9) < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+            if libc::dup2(number, 99) < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
         });
     }
     command.spawn().unwrap()
