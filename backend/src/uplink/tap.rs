@@ -35,7 +35,7 @@ pub enum Error {
     #[error("TAP {0} is in use by another process")]
     InUse(String),
     /// Wrong kind of device.
-    #[error("{name} does not fit: {queue_pairs} queue pair(s) need a {} with vnet_hdr: {source}", if *.queue_pairs > 1 { "multi_queue TAP" } else { "TAP" })]
+    #[error("{name} does not fit: {queue_pairs} queue pair(s) need a {} with vnet_hdr", if *.queue_pairs > 1 { "multi_queue TAP" } else { "TAP" })]
     Kind {
         /// Its name.
         name: String,
