@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::Parser;
 
-/// A vhost-user net backend that polls requests and delivers completions without exits.
+/// A vhost-user net backend: poll threads move a guest's frames, the guest is interrupted only when its driver asks.
 #[derive(Debug, Parser)]
 #[command(name = "ivcpu-backend", version, max_term_width = 100)]
 #[command(group = clap::ArgGroup::new("connection").args(["socket_path", "fd", "print_capabilities"]).required(true))]
