@@ -8,7 +8,9 @@ use nix::unistd::Pid;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// There is no such pCPU, or this program may not use it.
-    #[error("cannot run on pCPU {pcpu}: {source} (does it exist, is it online, may this program use it?)")]
+    #[error(
+        "cannot run on pCPU {pcpu}: it does not exist, is offline, or is not one that this program may use"
+    )]
     Pcpu {
         /// Its number.
         pcpu: usize,

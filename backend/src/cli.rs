@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::Parser;
 
-/// A vhost-user net backend that polls requests and delivers completions without exits.
+/// A vhost-user net backend: poll threads move a guest's frames, the guest is interrupted only when its driver asks.
 #[derive(Debug, Parser)]
 #[command(name = "ivcpu-backend", version, max_term_width = 100)]
 #[command(group = clap::ArgGroup::new("connection").args(["socket_path", "fd", "print_capabilities"]).required(true))]
@@ -17,7 +17,7 @@ pub struct Options {
     pub socket_path: Option<PathBuf>,
 
     /// Use the inherited file descriptor N: a connected vhost-user socket, or a listening one.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(3..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(3..), allow_negative_numbers = true)]
     pub fd: Option<RawFd>,
 
     /// Print what this backend can do as JSON and exit.
@@ -31,10 +31,11 @@ pub struct Options {
 
     /// Queue pairs, each with a poll thread of its own.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
+    #[arg(allow_negative_numbers = true)]
     pub queue_pairs: u8,
 
     /// Microseconds a poll thread spins without work before it sleeps; 0 = never spin, always = never sleep.
-    #[arg(long, value_name = "N|always", default_value = "50")]
+    #[arg(long, value_name = "N|always", default_value = "50", allow_negative_numbers = true)]
     pub poll_us: PollTime,
 
     /// pCPUs for the poll threads, as in `[2]` or `[2-3,5]`: thread i is pinned to entry i modulo the list's length.

@@ -1,4 +1,4 @@
-//! A vhost-user net backend that polls requests and delivers completions without exits.
+//! A vhost-user net backend: poll threads move a guest's frames, the guest is interrupted only when its driver asks.
 //!
 //! The way of a frame from the guest: [`worker`] finds it, [`from_guest`] takes it off its ring ([`ring`],
 //! [`memory`]) and hands it to the [`uplink`]; [`completion`] tells the driver. Frames to the guest come through

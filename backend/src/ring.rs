@@ -13,7 +13,7 @@
 //! frontend sets it up anew.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::num::Wrapping;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -90,6 +90,8 @@ pub struct Ring {
     /// Used index at the last decision whether to notify.
     decided: Wrapping<u16>,
     kick: Option<Arc<File>>,
+    /// Kicks taken out of eventfds that have been replaced since, for [`Self::drain_kick`] to tell of.
+    uncounted: u64,
     call: Option<File>,
     error: Option<File>,
     enabled: bool,
@@ -114,6 +116,7 @@ impl Ring {
             published: Wrapping(0),
             decided: Wrapping(0),
             kick: None,
+            uncounted: 0,
             call: None,
             error: None,
             enabled: false,
@@ -213,6 +216,7 @@ impl Ring {
 
     /// The eventfd the driver kicks.
     pub fn set_kick(&mut self, file: Option<File>) {
+        self.uncounted = self.drain_kick();
         self.kick = file.map(Arc::new);
     }
 
@@ -403,25 +407,16 @@ impl Ring {
         self.kicks_wanted = false;
     }
 
-    /// Empties the kick eventfd; tells whether there was a kick.
-    pub fn drain_kick(&mut self) -> bool {
-        let Some(mut kick) = self.kick.as_deref() else { return false };
-        let mut count = [0; 8];
-        match kick.read(&mut count) {
-            Ok(8) if count != [0; 8] => true,
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => false,
+    /// Empties the kick eventfd; tells how many kicks came since the last time.
+    pub fn drain_kick(&mut self) -> u64 {
+        let earlier = std::mem::take(&mut self.uncounted);
+        let now = self.kick.as_deref().map_or(Ok(0), read_kicks).unwrap_or_else(|error| {
             // Not an eventfd: it would be readable for ever and keep us from sleeping.
-            Ok(_) => {
-                self.stop(Error::Kick(std::io::ErrorKind::InvalidData.into()));
-                self.kick = None;
-                false
-            }
-            Err(error) => {
-                self.stop(Error::Kick(error));
-                self.kick = None;
-                false
-            }
-        }
+            self.stop(Error::Kick(error));
+            self.kick = None;
+            0
+        });
+        earlier.wrapping_add(now)
     }
 
     /// Stops the ring for good: one line in the log, a signal to the frontend.
@@ -434,6 +429,17 @@ impl Ring {
         if let Some(mut file) = self.error.as_ref() {
             let _ = file.write(&1u64.to_ne_bytes());
         }
+    }
+}
+
+/// Takes the kicks so far out of an eventfd.
+fn read_kicks(mut kick: &File) -> std::io::Result<u64> {
+    let mut count = [0; 8];
+    match kick.read(&mut count) {
+        Ok(8) => Ok(u64::from_ne_bytes(count)),
+        Ok(_) => Err(ErrorKind::InvalidData.into()),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(0),
+        Err(error) => Err(error),
     }
 }
 

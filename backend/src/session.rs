@@ -1,5 +1,6 @@
 //! One frontend's time with us: workers, poll threads, and their end.
 
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
@@ -33,7 +34,9 @@ pub enum Error {
     #[error("cannot start a vhost-user session: {0}")]
     System(#[from] std::io::Error),
     /// A poll thread died.
-    #[error("a poll thread ended by a panic: this is a bug")]
+    #[error(
+        "a poll thread ended by a panic, so the program ends: this is a bug, please report what was said before"
+    )]
     PollThread,
 }
 
@@ -67,8 +70,9 @@ impl Session<'_> {
             .collect::<Result<Vec<_>, _>>()
             .map_err(|_| Error::Workers)?;
 
+        let connection = Arc::new(frontend.try_clone()?);
         let (mut listener, relay) = Relay::start(frontend)?;
-        let poll_threads = self.start(rings)?;
+        let poll_threads = self.start(rings, &connection)?;
         daemon.start(&mut listener).map_err(Error::Start)?;
         self.stats.sessions.add(1);
         tracing::info!("a frontend connected");
@@ -83,8 +87,8 @@ impl Session<'_> {
         poll_threads.stop(&mut self.pairs)
     }
 
-    /// Starts a poll thread a queue pair.
-    fn start(&mut self, rings: Vec<QueuePair>) -> Result<PollThreads, Error> {
+    /// Starts a poll thread a queue pair; one that panics ends `connection`.
+    fn start(&mut self, rings: Vec<QueuePair>, connection: &Arc<UnixStream>) -> Result<PollThreads, Error> {
         let mut threads =
             PollThreads { stop: Arc::new(AtomicBool::new(false)), rings: rings.clone(), handles: Vec::new() };
         let pcpus = self.options.affinity.as_ref().map(|list| list.0.clone()).unwrap_or_default();
@@ -106,7 +110,9 @@ impl Session<'_> {
                 stop: threads.stop.clone(),
             };
             let pcpu = (!pcpus.is_empty()).then(|| pcpus.get(index % pcpus.len()).copied()).flatten();
+            let hang_up = HangUp(connection.clone());
             let handle = std::thread::Builder::new().name(format!("poll{index}")).spawn(move || {
+                let _hang_up = hang_up;
                 if let Some(pcpu) = pcpu
                     && let Err(error) = affinity::pin(pcpu)
                 {
@@ -138,6 +144,18 @@ fn register<T: vhost_user_backend::VhostUserBackend>(
     worker.register_listener(birth_fd(birth), EventSet::IN, event)
 }
 
+/// Ends a frontend's connection, and with it the session, when the thread that holds it panics: a ring that nobody
+/// serves any more would hang silently. [`PollThreads::stop`] finds the panic then, and the program ends.
+struct HangUp(Arc<UnixStream>);
+
+impl Drop for HangUp {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = self.0.shutdown(Shutdown::Both);
+        }
+    }
+}
+
 /// A session's poll threads.
 struct PollThreads {
     stop: Arc<AtomicBool>,
@@ -157,5 +175,31 @@ impl PollThreads {
             pairs.push(handle.join().map_err(|_| Error::PollThread)?);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{ErrorKind, Read};
+
+    use super::*;
+
+    #[test]
+    fn a_thread_that_panics_ends_the_connection_and_one_that_returns_does_not() {
+        let (mut frontend, ours) = UnixStream::pair().unwrap();
+        let ours = Arc::new(ours);
+        let run = |panics: bool| {
+            let hang_up = HangUp(ours.clone());
+            std::thread::spawn(move || {
+                let _hang_up = hang_up;
+                assert!(!panics, "on purpose");
+            })
+            .join()
+        };
+        frontend.set_nonblocking(true).unwrap();
+        assert!(run(false).is_ok());
+        assert_eq!(frontend.read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
+        assert!(run(true).is_err());
+        assert_eq!(frontend.read(&mut [0]).unwrap(), 0);
     }
 }

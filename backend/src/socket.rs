@@ -1,7 +1,7 @@
 //! Unix sockets that are ours from bind to removal.
 
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -29,7 +29,15 @@ pub enum Error {
 #[derive(Debug)]
 pub struct Claimed {
     path: PathBuf,
+    file: Identity,
     listener: UnixListener,
+}
+
+/// Device and inode of a file. The inode of a socket is not used again while its listener is open.
+type Identity = (u64, u64);
+
+fn identity(path: &Path) -> io::Result<Identity> {
+    path.symlink_metadata().map(|file| (file.dev(), file.ino()))
 }
 
 impl Claimed {
@@ -52,7 +60,8 @@ impl Claimed {
             }
             result => result.map_err(refused)?,
         };
-        Ok(Claimed { path: path.to_owned(), listener })
+        let file = identity(path).map_err(refused)?;
+        Ok(Claimed { path: path.to_owned(), file, listener })
     }
 
     /// The listening socket.
@@ -63,7 +72,10 @@ impl Claimed {
 
 impl Drop for Claimed {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+        // Somebody may have removed ours, and a successor may listen there by now.
+        if identity(&self.path).is_ok_and(|file| file == self.file) {
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -79,6 +91,19 @@ mod tests {
         let live = Claimed::bind(&path).unwrap();
         assert!(matches!(Claimed::bind(&path), Err(Error::InUse(_))));
         drop(live);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_successor_keeps_its_socket() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let first = Claimed::bind(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let second = Claimed::bind(&path).unwrap();
+        drop(first);
+        assert!(UnixStream::connect(&path).is_ok());
+        drop(second);
         assert!(!path.exists());
     }
 

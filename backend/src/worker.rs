@@ -5,7 +5,7 @@
 //! to the guest are asked for only when it has no buffers left: until then only the uplink can give work.
 
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -19,6 +19,11 @@ use crate::from_guest;
 use crate::stats::RingStats;
 use crate::to_guest::{Outcome, ToGuest};
 use crate::uplink::Pair;
+
+/// Rounds between two looks at the clock, and the least time between two counts of the kicks: while a thread is busy
+/// or spins, nothing depends on the kick eventfds, so they are read only to keep the counters true.
+const ROUNDS_A_LOOK: u32 = 256;
+const COUNT_KICKS_EVERY: Duration = Duration::from_millis(10);
 
 /// One queue pair's data path.
 pub struct Worker {
@@ -50,6 +55,8 @@ impl Worker {
     pub fn run(mut self) -> Pair {
         let mut to_guest = ToGuest::default();
         let mut idle_since = None;
+        let mut rounds = 0u32;
+        let mut counted = Instant::now();
         while !self.stop.load(Ordering::Relaxed) {
             let round = self.round(&mut to_guest);
             if round.moved {
@@ -62,7 +69,13 @@ impl Worker {
                 self.sleep(&round);
                 idle_since = None;
             }
+            rounds = rounds.wrapping_add(1);
+            if rounds.is_multiple_of(ROUNDS_A_LOOK) && counted.elapsed() >= COUNT_KICKS_EVERY {
+                self.count_kicks();
+                counted = Instant::now();
+            }
         }
+        self.count_kicks();
         self.pair.set_enabled(true);
         self.pair
     }
@@ -106,16 +119,12 @@ impl Worker {
         let (Some(from_kick), Some(to_kick)) = (self.arm_from_guest(), self.arm_to_guest(round)) else {
             return;
         };
-        let to_guest_waits = matches!(to_kick, Wait::Frames);
-        let from_kick = if let Wait::Kick(kick) = &from_kick { kick.as_deref() } else { None };
-        let to_kick = if let Wait::Kick(kick) = &to_kick { kick.as_deref() } else { None };
-        let uplink = self.pair.wait_fd().filter(|_| to_guest_waits);
         let sources = [
             Some(rings.from_guest.attention()),
             Some(rings.to_guest.attention()),
-            from_kick.map(AsFd::as_fd),
-            to_kick.map(AsFd::as_fd),
-            uplink,
+            from_kick.kick(),
+            to_kick.kick(),
+            self.pair.wait_fd().filter(|_| matches!(to_kick, Wait::Frames(_))),
         ];
         let mut fds: Vec<PollFd> =
             sources.iter().flatten().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
@@ -130,12 +139,17 @@ impl Worker {
                 std::thread::sleep(Duration::from_millis(10));
             }
         }
-        for (vring, stats) in [&rings.to_guest, &rings.from_guest].into_iter().zip(&self.stats) {
-            vring.drain_attention();
-            if let Some(mut ring) = vring.try_lock()
-                && ring.drain_kick()
-            {
-                stats.kicks.add(1);
+        rings.to_guest.drain_attention();
+        rings.from_guest.drain_attention();
+        self.count_kicks();
+    }
+
+    /// Empties the kick eventfds into the counters.
+    fn count_kicks(&self) {
+        let rings = [&self.rings.to_guest, &self.rings.from_guest];
+        for (vring, stats) in rings.into_iter().zip(&self.stats) {
+            if let Some(mut ring) = vring.try_lock() {
+                stats.kicks.add(ring.drain_kick());
             }
         }
     }
@@ -158,7 +172,7 @@ impl Worker {
         if round.to_guest.starved {
             return if ring.want_kicks() { None } else { Some(Wait::Kick(ring.kick())) };
         }
-        if self.pair.has_frames() { None } else { Some(Wait::Frames) }
+        if self.pair.has_frames() { None } else { Some(Wait::Frames(ring.kick())) }
     }
 }
 
@@ -168,6 +182,16 @@ enum Wait {
     Nothing,
     /// The driver.
     Kick(Option<Arc<File>>),
-    /// The uplink.
-    Frames,
+    /// The uplink. The driver has not been asked to kick; what it does all the same is counted.
+    Frames(Option<Arc<File>>),
+}
+
+impl Wait {
+    /// The kick eventfd to watch.
+    fn kick(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Wait::Nothing => None,
+            Wait::Kick(kick) | Wait::Frames(kick) => kick.as_deref().map(AsFd::as_fd),
+        }
+    }
 }

@@ -35,7 +35,7 @@ pub enum Error {
     #[error("TAP {0} is in use by another process")]
     InUse(String),
     /// Wrong kind of device.
-    #[error("{name} does not fit: {queue_pairs} queue pair(s) need a {} with vnet_hdr: {source}", if *.queue_pairs > 1 { "multi_queue TAP" } else { "TAP" })]
+    #[error("{name} does not fit: {queue_pairs} queue pair(s) need a {} with vnet_hdr", if *.queue_pairs > 1 { "multi_queue TAP" } else { "TAP" })]
     Kind {
         /// Its name.
         name: String,
@@ -155,6 +155,13 @@ fn attach(name: &str, multi_queue: bool) -> io::Result<File> {
     Ok(queue)
 }
 
+/// Writes one frame; tells whether the kernel took it.
+fn write(queue: &File, vectors: &[libc::iovec]) -> bool {
+    // SAFETY: the vectors describe mapped guest memory (see `Chains`), which the kernel only reads.
+    let written = unsafe { libc::writev(queue.as_raw_fd(), vectors.as_ptr(), vectors.len() as libc::c_int) };
+    written >= 0
+}
+
 /// An interface request for the device `name`, which was checked to fit.
 fn request(name: &str) -> libc::ifreq {
     // SAFETY: ifreq is plain data, for which all zeroes is a value.
@@ -181,17 +188,14 @@ fn bring_up(name: &str) -> io::Result<()> {
 /// One queue of a TAP device.
 pub struct TapPair {
     queue: File,
-    /// `None` where io_uring is not to be had: every write is a system call then.
-    batch: Option<Batch>,
+    batch: Batch,
     multi_queue: bool,
     enabled: bool,
 }
 
 impl TapPair {
     fn new(queue: File, multi_queue: bool) -> Self {
-        let batch = Batch::new(queue.as_fd())
-            .inspect_err(|error| tracing::info!("no io_uring ({error}): frames are written one by one"))
-            .ok();
+        let batch = Batch::new(queue.as_fd());
         TapPair { queue, batch, multi_queue, enabled: true }
     }
 
@@ -202,29 +206,14 @@ impl TapPair {
 
     /// Sends each frame; the kernel refuses (EINVAL) a header that contradicts its frame.
     pub fn send(&mut self, chains: &Chains, mut sent: impl FnMut(&Chain, bool)) {
-        let batch = self.batch.as_mut().filter(|_| chains.len() >= WORTHWHILE);
-        match batch.map(|batch| batch.write(chains)) {
-            Some(Ok(results)) => {
-                chains.iter().zip(results).for_each(|((chain, _), &result)| sent(chain, result >= 0));
-            }
-            Some(Err(error)) => {
-                tracing::warn!("io_uring failed ({error}): from now on frames are written one by one");
-                self.batch = None;
-                chains.iter().for_each(|(chain, _)| sent(chain, false));
-            }
-            None => {
-                for (chain, vectors) in chains.iter() {
-                    sent(chain, chain.bytes != 0 && self.write(vectors));
-                }
-            }
+        let batched = if chains.len() >= WORTHWHILE { self.batch.write(chains) } else { &[] };
+        for (index, (chain, vectors)) in chains.iter().enumerate() {
+            let taken = match batched.get(index).copied().flatten() {
+                Some(result) => result >= 0,
+                None => chain.bytes != 0 && write(&self.queue, vectors),
+            };
+            sent(chain, taken);
         }
-    }
-
-    fn write(&self, vectors: &[libc::iovec]) -> bool {
-        // SAFETY: the vectors describe mapped guest memory (see `Chains`), which the kernel only reads.
-        let written =
-            unsafe { libc::writev(self.queue.as_raw_fd(), vectors.as_ptr(), vectors.len() as libc::c_int) };
-        written >= 0
     }
 
     /// Receives one frame.

@@ -103,6 +103,8 @@ pub(crate) struct Queue {
     pub(crate) available: Wrapping<u16>,
     pub(crate) used: Wrapping<u16>,
     pub(crate) kick: EventFd,
+    /// How often the driver has kicked.
+    pub(crate) kicks: u64,
     pub(crate) call: EventFd,
 }
 
@@ -131,6 +133,7 @@ impl Guest {
             available: Wrapping(0),
             used: Wrapping(0),
             kick: EventFd::new(EFD_NONBLOCK).unwrap(),
+            kicks: 0,
             call: EventFd::new(EFD_NONBLOCK).unwrap(),
         };
         Guest { memory, frontend: None, queues: (0..2 * pairs).map(queue).collect(), features }
@@ -275,8 +278,15 @@ impl Guest {
             flags & 1 == 0
         };
         if asked {
-            ring.kick.write(1).unwrap();
+            self.kick(queue);
         }
+    }
+
+    /// Kicks, asked or not.
+    pub(crate) fn kick(&mut self, queue: usize) {
+        let ring = &mut self.queues[queue];
+        ring.kick.write(1).unwrap();
+        ring.kicks += 1;
     }
 
     /// The next used entry, if there is one: head and length.
