@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use ivcpu_lab::compare::{CompareOptions, compare};
 use ivcpu_lab::guest;
 use ivcpu_lab::in_host::Host;
@@ -84,7 +84,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Test { arguments } => {
             let workspace = Workspace::locate()?;
-            provision(&workspace, &[Kernel::V6_12])?;
+            provision(&workspace, Kernel::value_variants())?;
             workspace.build()?;
             workspace.test(&arguments)?;
         }
