@@ -15,8 +15,7 @@ use ivcpu_lab::workspace::Workspace;
 
 fn boot_with(options: Options) -> Result<Error> {
     let workspace = Workspace::locate()?;
-    workspace.build()?;
-    match EmulatedHost::boot(&workspace, &Provision::new(&workspace), &options) {
+    match EmulatedHost::build_and_boot(&workspace, &Provision::new(&workspace), &[], &options) {
         Ok(_) => anyhow::bail!("a host that cannot come up came up"),
         Err(e) => Ok(e),
     }

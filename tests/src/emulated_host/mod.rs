@@ -8,7 +8,7 @@ mod machine;
 mod outside;
 mod terminal;
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, BufReader, Read};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -18,11 +18,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::channel::{Bytes, Report, Request, Run, receive, send};
+use crate::lock::Lock;
 use crate::process::{self, Process};
 use crate::progress::Step;
 use crate::provision::{Kernel, Provision};
 use crate::workspace::Workspace;
-use crate::{image, provision, qmp};
+use crate::{image, provision, qmp, workspace};
 use machine::Parts;
 pub use terminal::{RawTerminal, terminal_size};
 
@@ -43,6 +44,9 @@ pub enum Error {
     /// Something could not be provided.
     #[error(transparent)]
     Provision(#[from] provision::Error),
+    /// What runs in it could not be built.
+    #[error(transparent)]
+    Workspace(#[from] workspace::Error),
     /// The image could not be made.
     #[error(transparent)]
     Image(#[from] image::Error),
@@ -120,13 +124,37 @@ pub struct EmulatedHost {
     share: PathBuf,
     kernel: String,
     restarts: u32,
-    _lock: File,
+    _lock: Lock,
 }
 
 impl EmulatedHost {
     /// Boots it, waiting for another one of this checkout to end first.
     pub fn boot(workspace: &Workspace, provision: &Provision, options: &Options) -> Result<Self, Error> {
+        Self::boot_locked(lock(workspace)?, workspace, provision, options)
+    }
+
+    /// Builds what runs in it and the images of its guests, and boots it. It waits first: another emulated host
+    /// may be using the binaries and images that are made here.
+    pub fn build_and_boot(
+        workspace: &Workspace,
+        provision: &Provision,
+        guest_kernels: &[Kernel],
+        options: &Options,
+    ) -> Result<Self, Error> {
         let lock = lock(workspace)?;
+        workspace.build()?;
+        for kernel in guest_kernels {
+            image::prepare_guest(workspace, provision, *kernel)?;
+        }
+        Self::boot_locked(lock, workspace, provision, options)
+    }
+
+    fn boot_locked(
+        lock: Lock,
+        workspace: &Workspace,
+        provision: &Provision,
+        options: &Options,
+    ) -> Result<Self, Error> {
         let tools = provision.tools()?;
         let qemu = provision.qemu()?;
         let kernel = provision.kernel(Kernel::V6_12)?;
@@ -291,14 +319,10 @@ fn request_on(agent: &Mutex<UnixStream>, request: &Request) -> io::Result<()> {
 }
 
 /// One emulated host of a checkout at a time: two would share the cores, the console file and the share.
-fn lock(workspace: &Workspace) -> Result<File, Error> {
+fn lock(workspace: &Workspace) -> Result<Lock, Error> {
     let path = workspace.cache().join("emulated-host.lock");
-    let file = File::create(&path).map_err(|e| Error::File(path.clone(), e))?;
-    if file.try_lock().is_err() {
-        eprintln!("lab: another emulated host of this checkout is running, waiting for it to end");
-        file.lock().map_err(|e| Error::File(path, e))?;
-    }
-    Ok(file)
+    let another = "another emulated host of this checkout is running";
+    Lock::take(&path, another).map_err(|e| Error::File(path, e))
 }
 
 /// Folders that must be seen inside wherever they lie.
