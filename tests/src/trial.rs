@@ -65,7 +65,7 @@ where
     }
     let name = test_name(type_name_of_val(&body))?;
     match run_inside(name, kernel) {
-        Err(e) if matches!(e.downcast_ref(), Some(Error::Stuck(_))) => {
+        Err(e) if matches!(e.downcast_ref(), Some(Error::Stuck { .. })) => {
             eprintln!("lab: {e:#}: running {name} again in a fresh one");
             run_inside(name, kernel)
         }

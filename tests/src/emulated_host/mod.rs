@@ -4,6 +4,7 @@
 //! The emulation can get stuck, rarely. Hence deadlines: one on coming up (killed and started anew a few times,
 //! each reported), one on silence while a command runs (the run fails: nothing measured across a stall counts).
 
+mod console;
 mod machine;
 mod outside;
 mod terminal;
@@ -24,6 +25,7 @@ use crate::progress::Step;
 use crate::provision::{Kernel, Provision};
 use crate::workspace::Workspace;
 use crate::{image, provision, qmp, workspace};
+use console::{keep_console, last_lines};
 use machine::Parts;
 pub use terminal::{RawTerminal, terminal_size};
 
@@ -69,8 +71,13 @@ pub enum Error {
         last: String,
     },
     /// It got stuck while a command ran.
-    #[error("the emulated host is stuck ({0}): nothing measured in it counts, run again")]
-    Stuck(String),
+    #[error("the emulated host is stuck ({sign}; its console: {}): nothing measured in it counts, run again", console.display())]
+    Stuck {
+        /// What shows it.
+        sign: String,
+        /// Its console, which the next boot leaves alone.
+        console: PathBuf,
+    },
     /// It powered off while a command ran.
     #[error("the emulated host is gone; its console said last: {0}")]
     Gone(String),
@@ -197,12 +204,16 @@ impl EmulatedHost {
                         _lock: lock,
                     });
                 }
-                None if attempt < ATTEMPTS => eprintln!(
-                    "lab: the emulated host did not come up within {:?} (console: {}): starting it anew ({attempt} of {})",
-                    options.ready,
-                    last_lines(&console),
-                    ATTEMPTS - 1
-                ),
+                None if attempt < ATTEMPTS => {
+                    let last = last_lines(&console);
+                    eprintln!(
+                        "lab: the emulated host did not come up within {:?} (console: {}; it ends: {last}): \
+                         starting it anew ({attempt} of {})",
+                        options.ready,
+                        keep_console(&console).display(),
+                        ATTEMPTS - 1
+                    );
+                }
                 None => {}
             }
         }
@@ -267,16 +278,20 @@ impl EmulatedHost {
                 Ok(Event::Agent(Report::Exit(status))) => return Ok(status),
                 Ok(Event::Agent(Report::NotStarted(why))) => return Err(Error::NotStarted(what, why)),
                 Ok(Event::Agent(Report::Alive | Report::Ready { .. })) => {}
-                Ok(Event::Stalled(sign)) => return Err(Error::Stuck(sign)),
+                Ok(Event::Stalled(sign)) => return Err(self.stuck(sign)),
                 Err(RecvTimeoutError::Timeout) if left.is_some_and(|left| left < SILENCE) => {}
                 Err(RecvTimeoutError::Timeout) => {
-                    return Err(Error::Stuck(format!("no sign of life for {SILENCE:?}")));
+                    return Err(self.stuck(format!("no sign of life for {SILENCE:?}")));
                 }
                 Ok(Event::PoweredOff) | Err(RecvTimeoutError::Disconnected) => {
                     return Err(Error::Gone(last_lines(&self.console)));
                 }
             }
         }
+    }
+
+    fn stuck(&self, sign: String) -> Error {
+        Error::Stuck { sign, console: keep_console(&self.console) }
     }
 
     /// Powers it off and waits for that.
@@ -381,11 +396,4 @@ fn forward_reports(mut reader: BufReader<UnixStream>, events: &Sender<Event>) {
             return;
         }
     }
-}
-
-fn last_lines(console: &Path) -> String {
-    let text = fs::read(console).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
-    let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    if lines.is_empty() { "nothing".into() } else { lines[lines.len().saturating_sub(3)..].join(" | ") }
 }
