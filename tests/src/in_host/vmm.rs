@@ -98,7 +98,7 @@ impl VmConfig {
         let lists: Vec<_> = (0..self.application_vcpus)
             .map(|vcpu| format!("{vcpu}@[{}]", join(&self.layout.application(vcpu))))
             .collect();
-        let pv_eoi = if self.pv_eoi { "on" } else { "off" };
+        let pv_eoi = on(self.pv_eoi);
         let mut words = vec![program.display().to_string()];
         let mut option = |name: &str, value: String| words.extend([name.to_string(), value]);
         option("--kernel", self.kernel.display().to_string());
@@ -132,7 +132,10 @@ impl VmConfig {
         option("-object", format!("memory-backend-memfd,id=ram,size={MEMORY},share=on"));
         option("-m", MEMORY.into());
         option("-smp", self.vcpus().to_string());
-        option("-cpu", format!("host,kvm-pv-eoi={}", if self.pv_eoi { "on" } else { "off" }));
+        option(
+            "-cpu",
+            format!("host,kvm-pv-eoi={},kvm-hint-dedicated={}", on(self.pv_eoi), on(self.dedicated())),
+        );
         option("-qmp", format!("unix:{},server=on,wait=off", qmp.display()));
         option("-kernel", self.kernel.display().to_string());
         option("-initrd", self.image.display().to_string());
@@ -158,9 +161,18 @@ impl VmConfig {
         words
     }
 
+    /// Whether every vCPU has a pCPU to itself; our VMM finds that out and tells the guest, QEMU must be told to.
+    fn dedicated(&self) -> bool {
+        self.layout == Layout::Pinned
+    }
+
     fn command_line(&self) -> String {
         format!("{KERNEL_WORDS} {}", self.kernel_words).trim_end().to_string()
     }
+}
+
+fn on(on: bool) -> &'static str {
+    if on { "on" } else { "off" }
 }
 
 fn join(pcpus: &[usize]) -> String {
@@ -215,9 +227,13 @@ mod tests {
     fn qemu_gets_the_ivcpu_as_one_more_vcpu() {
         let config = config(Vmm::Qemu, Net::VhostNet);
         let words = config.qemu_words(Path::new("/q"), Path::new("/m")).join(" ");
-        for part in
-            ["-smp 3", "isolcpus=domain,2 irqaffinity=2", "kvm-pv-eoi=off", "vhost=on,queues=2", "vectors=6"]
-        {
+        for part in [
+            "-smp 3",
+            "isolcpus=domain,2 irqaffinity=2",
+            "kvm-pv-eoi=off,kvm-hint-dedicated=on",
+            "vhost=on,queues=2",
+            "vectors=6",
+        ] {
             assert!(words.contains(part), "{part} in {words}");
         }
         let pcpus: Vec<_> = (0..config.vcpus()).map(|vcpu| config.pcpus(vcpu)).collect();
