@@ -10,6 +10,8 @@ use crate::pcpu;
 /// Words on every guest's kernel command line.
 const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1";
 const MEMORY: &str = "512M";
+/// How often QEMU looks for a vhost-user backend that is gone, in milliseconds.
+const RECONNECT_MS: u32 = 100;
 const MAC: &str = "52:54:00:49:56:01";
 
 /// Who runs the guest.
@@ -148,7 +150,9 @@ impl VmConfig {
         match &self.net {
             Net::Absent => return words,
             Net::VhostUser(socket) => {
-                option("-chardev", format!("socket,id=backend,path={}", socket.display()));
+                // A backend that is started anew is found again, as our own VMM does.
+                let socket = socket.display();
+                option("-chardev", format!("socket,id=backend,path={socket},reconnect-ms={RECONNECT_MS}"));
                 option("-netdev", format!("vhost-user,id=net,chardev=backend,queues={queues}"));
             }
             Net::VhostNet => option(
@@ -238,5 +242,16 @@ mod tests {
         }
         let pcpus: Vec<_> = (0..config.vcpus()).map(|vcpu| config.pcpus(vcpu)).collect();
         assert_eq!(pcpus, [[0], [1], [3]]);
+    }
+
+    #[test]
+    fn qemu_with_vcpus_that_float_finds_its_backend_again() {
+        let config = VmConfig { layout: Layout::Paper, ..config(Vmm::Qemu, Net::VhostUser("/s".into())) };
+        let words = config.qemu_words(Path::new("/q"), Path::new("/m")).join(" ");
+        for part in
+            ["kvm-hint-dedicated=off", "path=/s,reconnect-ms=100", "vhost-user,id=net,chardev=backend"]
+        {
+            assert!(words.contains(part), "{part} in {words}");
+        }
     }
 }
