@@ -8,6 +8,7 @@ pub mod figures;
 pub mod guest;
 pub mod image;
 pub mod in_host;
+pub mod lock;
 pub mod pcpu;
 pub mod process;
 pub mod procfs;

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use ivcpu_lab::compare::{CompareOptions, compare};
 use ivcpu_lab::guest;
 use ivcpu_lab::in_host::Host;
@@ -57,13 +57,32 @@ fn main() -> ExitCode {
         .with_env_filter(tracing_subscriber::EnvFilter::from_env("IVCPU_LAB_LOG"))
         .with_writer(std::io::stderr)
         .init();
-    match run(Arguments::parse().command) {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return not_understood(&error),
+    };
+    match run(arguments.command) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("lab: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// Help and version go out as they are; an error becomes one line.
+fn not_understood(error: &clap::Error) -> ExitCode {
+    use clap::error::ErrorKind::{DisplayHelp, DisplayHelpOnMissingArgumentOrSubcommand, DisplayVersion};
+    if let DisplayHelp | DisplayVersion | DisplayHelpOnMissingArgumentOrSubcommand = error.kind() {
+        error.exit();
+    }
+    let text = error.to_string();
+    // The first paragraph says what is wrong; usage and tips follow.
+    let paragraph = text.split("\n\n").next().unwrap_or_default();
+    let words: Vec<_> = paragraph.split_whitespace().collect();
+    let line = words.join(" ");
+    eprintln!("lab: {}; see cargo lab --help", line.strip_prefix("error: ").unwrap_or(&line));
+    ExitCode::from(2)
 }
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {
@@ -84,7 +103,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Test { arguments } => {
             let workspace = Workspace::locate()?;
-            provision(&workspace, &[Kernel::V6_12])?;
+            provision(&workspace, Kernel::value_variants())?;
             workspace.build()?;
             workspace.test(&arguments)?;
         }

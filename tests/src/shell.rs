@@ -3,16 +3,14 @@
 use std::io::{self, IsTerminal, Write};
 
 use crate::emulated_host::{EmulatedHost, Input, Options, RawTerminal, terminal_size};
-use crate::image::prepare_guest;
 use crate::provision::{Kernel, Provision};
 use crate::workspace::Workspace;
 
 /// Runs `command` (a shell if empty) in a freshly booted emulated host and gives its exit status.
 pub fn shell(workspace: &Workspace, command: &[String]) -> anyhow::Result<i32> {
     let provision = Provision::new(workspace);
-    workspace.build()?;
-    prepare_guest(workspace, &provision, Kernel::V6_12)?;
-    let mut host = EmulatedHost::boot(workspace, &provision, &Options::default())?;
+    let mut host =
+        EmulatedHost::build_and_boot(workspace, &provision, &[Kernel::V6_12], &Options::default())?;
     let interactive = command.is_empty() && io::stdin().is_terminal() && io::stdout().is_terminal();
     let mut run = match command {
         [] if interactive => host.command(["bash", "--norc", "-i"]),

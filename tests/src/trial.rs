@@ -43,21 +43,7 @@ pub fn with_emulated_host<T>(body: impl FnOnce(&mut EmulatedHost) -> anyhow::Res
 pub fn boot(guest_kernels: &[Kernel]) -> anyhow::Result<EmulatedHost> {
     let workspace = Workspace::locate()?;
     let provision = Provision::new(&workspace);
-    workspace.build()?;
-    for kernel in guest_kernels {
-        prepare_guest(&workspace, &provision, *kernel)?;
-    }
-    Ok(EmulatedHost::boot(&workspace, &provision, &Options::default())?)
-}
-
-/// Makes the image of a guest with another kernel than the usual one, for a test that boots it inside.
-pub fn provide_guest(kernel: Kernel) -> anyhow::Result<()> {
-    if std::env::var_os(INSIDE).is_some() {
-        return Ok(());
-    }
-    let workspace = Workspace::locate()?;
-    workspace.build()?;
-    Ok(prepare_guest(&workspace, &Provision::new(&workspace), kernel)?)
+    Ok(EmulatedHost::build_and_boot(&workspace, &provision, guest_kernels, &Options::default())?)
 }
 
 /// Runs `body`, a closure written in a test function, inside the emulated host. A host that gets stuck is replaced,
@@ -66,23 +52,35 @@ pub fn in_emulated_host<F>(body: F) -> anyhow::Result<()>
 where
     F: FnOnce(&mut Host) -> anyhow::Result<()>,
 {
+    in_emulated_host_with_guest(Kernel::V6_12, body)
+}
+
+/// The same for a `body` that boots a guest with another kernel than the usual one.
+pub fn in_emulated_host_with_guest<F>(kernel: Kernel, body: F) -> anyhow::Result<()>
+where
+    F: FnOnce(&mut Host) -> anyhow::Result<()>,
+{
     if std::env::var_os(INSIDE).is_some() {
         return body(&mut Host::emulated()?);
     }
     let name = test_name(type_name_of_val(&body))?;
-    match run_inside(name) {
-        Err(e) if matches!(e.downcast_ref(), Some(Error::Stuck(_))) => {
+    match run_inside(name, kernel) {
+        Err(e) if matches!(e.downcast_ref(), Some(Error::Stuck { .. })) => {
             eprintln!("lab: {e:#}: running {name} again in a fresh one");
-            run_inside(name)
+            run_inside(name, kernel)
         }
         outcome => outcome,
     }
 }
 
-fn run_inside(name: &str) -> anyhow::Result<()> {
+fn run_inside(name: &str, kernel: Kernel) -> anyhow::Result<()> {
     let program = std::env::current_exe().context("finding the test executable")?;
     let program = program.display().to_string();
     with_emulated_host(|host| {
+        if kernel != Kernel::V6_12 {
+            let workspace = Workspace::locate()?;
+            prepare_guest(&workspace, &Provision::new(&workspace), kernel)?;
+        }
         let mut run = host.command([program.as_str(), "--exact", name, "--nocapture", "--test-threads=1"]);
         run.environment.push((INSIDE.into(), "1".into()));
         let mut output = Vec::new();

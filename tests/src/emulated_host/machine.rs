@@ -1,12 +1,13 @@
 //! The emulated machine: QEMU's command line, its console, its sockets.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::mpsc::Sender;
 use std::thread;
 
+use super::console::watch_console;
 use super::{Error, Event};
 use crate::channel::{AGENT_PORT, OUTSIDE_PORT};
 use crate::pcpu;
@@ -94,48 +95,4 @@ fn shared(path: &Path, tag: &str, more: &str) -> String {
     // A comma in a QEMU option value is written twice.
     let path = path.display().to_string().replace(',', ",,");
     format!("local,path={path},mount_tag={tag},security_model=none,multidevs=remap{more}")
-}
-
-fn watch_console(mut output: impl BufRead, log: &mut impl Write, events: &Sender<Event>) {
-    let mut line = Vec::new();
-    while matches!(output.read_until(b'\n', &mut line), Ok(length) if length > 0) {
-        let _: io::Result<()> = log.write_all(&line);
-        let text = String::from_utf8_lossy(&line);
-        if is_stall(&text) {
-            let _ = events.send(Event::Stalled(text.trim().into()));
-        }
-        line.clear();
-    }
-    let _ = events.send(Event::PoweredOff);
-}
-
-/// Whether the emulated host's kernel complains of a pCPU that stands still, or has died.
-fn is_stall(line: &str) -> bool {
-    ["detected stalls", "self-detected stall", "soft lockup", "hard LOCKUP", "Kernel panic"]
-        .iter()
-        .any(|sign| line.contains(sign))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn stalls_among_other_messages() {
-        assert!(is_stall("[   24.1] rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:"));
-        assert!(!is_stall("[    1.0] igb 0000:01:00.0: added PHC on eth0"));
-    }
-
-    #[test]
-    fn console_ends_with_power_off() {
-        let (sender, events) = std::sync::mpsc::channel();
-        let mut log = Vec::new();
-        watch_console(&b"one\nwatchdog: BUG: soft lockup - CPU#2 stuck\nlast"[..], &mut log, &sender);
-        drop(sender);
-        let seen: Vec<_> = events.iter().collect();
-        assert!(
-            matches!(&seen[..], [Event::Stalled(text), Event::PoweredOff] if text.contains("soft lockup"))
-        );
-        assert!(log.ends_with(b"last"));
-    }
 }

@@ -4,11 +4,12 @@
 //! The emulation can get stuck, rarely. Hence deadlines: one on coming up (killed and started anew a few times,
 //! each reported), one on silence while a command runs (the run fails: nothing measured across a stall counts).
 
+mod console;
 mod machine;
 mod outside;
 mod terminal;
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, BufReader, Read};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -18,11 +19,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::channel::{Bytes, Report, Request, Run, receive, send};
+use crate::lock::Lock;
 use crate::process::{self, Process};
 use crate::progress::Step;
 use crate::provision::{Kernel, Provision};
 use crate::workspace::Workspace;
-use crate::{image, provision, qmp};
+use crate::{image, provision, qmp, workspace};
+use console::{keep_console, last_lines};
 use machine::Parts;
 pub use terminal::{RawTerminal, terminal_size};
 
@@ -43,6 +46,9 @@ pub enum Error {
     /// Something could not be provided.
     #[error(transparent)]
     Provision(#[from] provision::Error),
+    /// What runs in it could not be built.
+    #[error(transparent)]
+    Workspace(#[from] workspace::Error),
     /// The image could not be made.
     #[error(transparent)]
     Image(#[from] image::Error),
@@ -65,8 +71,13 @@ pub enum Error {
         last: String,
     },
     /// It got stuck while a command ran.
-    #[error("the emulated host is stuck ({0}): nothing measured in it counts, run again")]
-    Stuck(String),
+    #[error("the emulated host is stuck ({sign}; its console: {}): nothing measured in it counts, run again", console.display())]
+    Stuck {
+        /// What shows it.
+        sign: String,
+        /// Its console, which the next boot leaves alone.
+        console: PathBuf,
+    },
     /// It powered off while a command ran.
     #[error("the emulated host is gone; its console said last: {0}")]
     Gone(String),
@@ -120,13 +131,37 @@ pub struct EmulatedHost {
     share: PathBuf,
     kernel: String,
     restarts: u32,
-    _lock: File,
+    _lock: Lock,
 }
 
 impl EmulatedHost {
     /// Boots it, waiting for another one of this checkout to end first.
     pub fn boot(workspace: &Workspace, provision: &Provision, options: &Options) -> Result<Self, Error> {
+        Self::boot_locked(lock(workspace)?, workspace, provision, options)
+    }
+
+    /// Builds what runs in it and the images of its guests, and boots it. It waits first: another emulated host
+    /// may be using the binaries and images that are made here.
+    pub fn build_and_boot(
+        workspace: &Workspace,
+        provision: &Provision,
+        guest_kernels: &[Kernel],
+        options: &Options,
+    ) -> Result<Self, Error> {
         let lock = lock(workspace)?;
+        workspace.build()?;
+        for kernel in guest_kernels {
+            image::prepare_guest(workspace, provision, *kernel)?;
+        }
+        Self::boot_locked(lock, workspace, provision, options)
+    }
+
+    fn boot_locked(
+        lock: Lock,
+        workspace: &Workspace,
+        provision: &Provision,
+        options: &Options,
+    ) -> Result<Self, Error> {
         let tools = provision.tools()?;
         let qemu = provision.qemu()?;
         let kernel = provision.kernel(Kernel::V6_12)?;
@@ -169,12 +204,16 @@ impl EmulatedHost {
                         _lock: lock,
                     });
                 }
-                None if attempt < ATTEMPTS => eprintln!(
-                    "lab: the emulated host did not come up within {:?} (console: {}): starting it anew ({attempt} of {})",
-                    options.ready,
-                    last_lines(&console),
-                    ATTEMPTS - 1
-                ),
+                None if attempt < ATTEMPTS => {
+                    let last = last_lines(&console);
+                    eprintln!(
+                        "lab: the emulated host did not come up within {:?} (console: {}; it ends: {last}): \
+                         starting it anew ({attempt} of {})",
+                        options.ready,
+                        keep_console(&console).display(),
+                        ATTEMPTS - 1
+                    );
+                }
                 None => {}
             }
         }
@@ -239,16 +278,20 @@ impl EmulatedHost {
                 Ok(Event::Agent(Report::Exit(status))) => return Ok(status),
                 Ok(Event::Agent(Report::NotStarted(why))) => return Err(Error::NotStarted(what, why)),
                 Ok(Event::Agent(Report::Alive | Report::Ready { .. })) => {}
-                Ok(Event::Stalled(sign)) => return Err(Error::Stuck(sign)),
+                Ok(Event::Stalled(sign)) => return Err(self.stuck(sign)),
                 Err(RecvTimeoutError::Timeout) if left.is_some_and(|left| left < SILENCE) => {}
                 Err(RecvTimeoutError::Timeout) => {
-                    return Err(Error::Stuck(format!("no sign of life for {SILENCE:?}")));
+                    return Err(self.stuck(format!("no sign of life for {SILENCE:?}")));
                 }
                 Ok(Event::PoweredOff) | Err(RecvTimeoutError::Disconnected) => {
                     return Err(Error::Gone(last_lines(&self.console)));
                 }
             }
         }
+    }
+
+    fn stuck(&self, sign: String) -> Error {
+        Error::Stuck { sign, console: keep_console(&self.console) }
     }
 
     /// Powers it off and waits for that.
@@ -291,14 +334,10 @@ fn request_on(agent: &Mutex<UnixStream>, request: &Request) -> io::Result<()> {
 }
 
 /// One emulated host of a checkout at a time: two would share the cores, the console file and the share.
-fn lock(workspace: &Workspace) -> Result<File, Error> {
+fn lock(workspace: &Workspace) -> Result<Lock, Error> {
     let path = workspace.cache().join("emulated-host.lock");
-    let file = File::create(&path).map_err(|e| Error::File(path.clone(), e))?;
-    if file.try_lock().is_err() {
-        eprintln!("lab: another emulated host of this checkout is running, waiting for it to end");
-        file.lock().map_err(|e| Error::File(path, e))?;
-    }
-    Ok(file)
+    let another = "another emulated host of this checkout is running";
+    Lock::take(&path, another).map_err(|e| Error::File(path, e))
 }
 
 /// Folders that must be seen inside wherever they lie.
@@ -357,11 +396,4 @@ fn forward_reports(mut reader: BufReader<UnixStream>, events: &Sender<Event>) {
             return;
         }
     }
-}
-
-fn last_lines(console: &Path) -> String {
-    let text = fs::read(console).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
-    let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    if lines.is_empty() { "nothing".into() } else { lines[lines.len().saturating_sub(3)..].join(" | ") }
 }

@@ -10,6 +10,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use cpio::newc;
+use tempfile::NamedTempFile;
 
 use crate::provision::{Kernel, Provision};
 use crate::workspace::Workspace;
@@ -119,12 +120,13 @@ impl Image {
     /// Ends the archive and writes it to `path`, whole or not at all.
     fn write(mut self, path: &Path) -> Result<(), Error> {
         newc::trailer(&mut self.archive).map_err(Error::file("finish", path))?;
-        if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder).map_err(Error::file("make", folder))?;
-        }
-        let partial = path.with_extension("partial");
-        fs::write(&partial, &self.archive).map_err(Error::file("write", &partial))?;
-        fs::rename(&partial, path).map_err(Error::file("write", path))
+        let folder = path.parent().unwrap_or(Path::new("."));
+        fs::create_dir_all(folder).map_err(Error::file("make", folder))?;
+        // A machine that boots from the former image keeps that; two that write at once do not mix.
+        let mut partial = NamedTempFile::new_in(folder).map_err(Error::file("make a file in", folder))?;
+        partial.write_all(&self.archive).map_err(Error::file("write", path))?;
+        partial.persist(path).map_err(|e| Error::file("write", path)(e.error))?;
+        Ok(())
     }
 }
 

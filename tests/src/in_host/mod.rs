@@ -2,6 +2,7 @@
 
 pub mod agent;
 mod backend;
+pub mod flow;
 pub mod measure;
 mod outside;
 mod testbed;

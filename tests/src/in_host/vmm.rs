@@ -10,6 +10,8 @@ use crate::pcpu;
 /// Words on every guest's kernel command line.
 const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1";
 const MEMORY: &str = "512M";
+/// How often QEMU looks for a vhost-user backend that is gone, in milliseconds.
+const RECONNECT_MS: u32 = 100;
 const MAC: &str = "52:54:00:49:56:01";
 
 /// Who runs the guest.
@@ -98,7 +100,7 @@ impl VmConfig {
         let lists: Vec<_> = (0..self.application_vcpus)
             .map(|vcpu| format!("{vcpu}@[{}]", join(&self.layout.application(vcpu))))
             .collect();
-        let pv_eoi = if self.pv_eoi { "on" } else { "off" };
+        let pv_eoi = on(self.pv_eoi);
         let mut words = vec![program.display().to_string()];
         let mut option = |name: &str, value: String| words.extend([name.to_string(), value]);
         option("--kernel", self.kernel.display().to_string());
@@ -132,7 +134,10 @@ impl VmConfig {
         option("-object", format!("memory-backend-memfd,id=ram,size={MEMORY},share=on"));
         option("-m", MEMORY.into());
         option("-smp", self.vcpus().to_string());
-        option("-cpu", format!("host,kvm-pv-eoi={}", if self.pv_eoi { "on" } else { "off" }));
+        option(
+            "-cpu",
+            format!("host,kvm-pv-eoi={},kvm-hint-dedicated={}", on(self.pv_eoi), on(self.dedicated())),
+        );
         option("-qmp", format!("unix:{},server=on,wait=off", qmp.display()));
         option("-kernel", self.kernel.display().to_string());
         option("-initrd", self.image.display().to_string());
@@ -145,7 +150,9 @@ impl VmConfig {
         match &self.net {
             Net::Absent => return words,
             Net::VhostUser(socket) => {
-                option("-chardev", format!("socket,id=backend,path={}", socket.display()));
+                // A backend that is started anew is found again, as our own VMM does.
+                let socket = socket.display();
+                option("-chardev", format!("socket,id=backend,path={socket},reconnect-ms={RECONNECT_MS}"));
                 option("-netdev", format!("vhost-user,id=net,chardev=backend,queues={queues}"));
             }
             Net::VhostNet => option(
@@ -158,9 +165,18 @@ impl VmConfig {
         words
     }
 
+    /// Whether every vCPU has a pCPU to itself; our VMM finds that out and tells the guest, QEMU must be told to.
+    fn dedicated(&self) -> bool {
+        self.layout == Layout::Pinned
+    }
+
     fn command_line(&self) -> String {
         format!("{KERNEL_WORDS} {}", self.kernel_words).trim_end().to_string()
     }
+}
+
+fn on(on: bool) -> &'static str {
+    if on { "on" } else { "off" }
 }
 
 fn join(pcpus: &[usize]) -> String {
@@ -215,12 +231,27 @@ mod tests {
     fn qemu_gets_the_ivcpu_as_one_more_vcpu() {
         let config = config(Vmm::Qemu, Net::VhostNet);
         let words = config.qemu_words(Path::new("/q"), Path::new("/m")).join(" ");
-        for part in
-            ["-smp 3", "isolcpus=domain,2 irqaffinity=2", "kvm-pv-eoi=off", "vhost=on,queues=2", "vectors=6"]
-        {
+        for part in [
+            "-smp 3",
+            "isolcpus=domain,2 irqaffinity=2",
+            "kvm-pv-eoi=off,kvm-hint-dedicated=on",
+            "vhost=on,queues=2",
+            "vectors=6",
+        ] {
             assert!(words.contains(part), "{part} in {words}");
         }
         let pcpus: Vec<_> = (0..config.vcpus()).map(|vcpu| config.pcpus(vcpu)).collect();
         assert_eq!(pcpus, [[0], [1], [3]]);
+    }
+
+    #[test]
+    fn qemu_with_vcpus_that_float_finds_its_backend_again() {
+        let config = VmConfig { layout: Layout::Paper, ..config(Vmm::Qemu, Net::VhostUser("/s".into())) };
+        let words = config.qemu_words(Path::new("/q"), Path::new("/m")).join(" ");
+        for part in
+            ["kvm-hint-dedicated=off", "path=/s,reconnect-ms=100", "vhost-user,id=net,chardev=backend"]
+        {
+            assert!(words.contains(part), "{part} in {words}");
+        }
     }
 }

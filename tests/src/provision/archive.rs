@@ -1,18 +1,16 @@
-//! The distribution's package archive, read through an apt state of our own.
-//!
-//! The system's apt configuration says where the archive is and how to reach it (proxy, credentials); sources,
-//! lists and downloads are ours, below the cache folder, so nothing of the system changes and nothing is
-//! installed. An empty dpkg status makes apt resolve *complete* sets of packages, C library included: what we
-//! unpack runs the same whatever is installed beside it.
+//! The distribution's package archive: package lists, downloads, unpacking. Nothing is installed.
 
-use std::ffi::OsStr;
-use std::fs;
+use std::cell::Cell;
+use std::ffi::OsString;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
+use super::apt::{Apt, run};
+use crate::lock::Lock;
 use crate::progress::Step;
 
 /// The release everything comes from, so that hosts and guests are the same on every system.
@@ -20,7 +18,8 @@ pub(super) const SUITE: &str = "bookworm";
 /// Its backports: newer kernels and a newer QEMU.
 pub(super) const BACKPORTS: &str = "bookworm-backports";
 
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+/// The archive drops a package as soon as there is a newer one, so lists are of use for a while only.
+const LISTS_LAST: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Why a package could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -59,37 +58,53 @@ struct Package {
     bytes: u64,
 }
 
-/// The archive, with our own apt state.
+/// The archive, with our own apt state; one thread of one process at a time has it.
 pub(super) struct Archive {
-    dir: PathBuf,
+    apt: Apt,
+    /// Empty; as old as the package lists.
+    stamp: PathBuf,
+    /// The package lists were fetched just now.
+    fresh: Cell<bool>,
+    _lock: Lock,
 }
 
 impl Archive {
-    /// Writes the private configuration and fetches the package lists, once per cache.
+    /// Waits until nobody else of this cache has it, and fetches the package lists if they are missing or old.
     pub(super) fn open(cache: &Path) -> Result<Self, Error> {
         let dir = cache.join("apt");
-        let archive = Self { dir };
-        for folder in ["state/lists/partial", "cache/archives/partial"] {
-            let folder = archive.dir.join(folder);
-            fs::create_dir_all(&folder).map_err(|e| Error::Write(folder, e))?;
-        }
-        archive.write("status", "")?;
-        archive.write("sources.list", &sources_list(&system_archive()?))?;
-        let stamp = archive.dir.join("updated");
-        if !stamp.exists() {
-            let step = Step::start("fetching the package lists");
-            archive.run("apt-get", "fetching the package lists", ["-q", "update"])?;
-            step.finish();
-            archive.write("updated", "")?;
+        fs::create_dir_all(&dir).map_err(|e| Error::Write(dir.clone(), e))?;
+        let path = dir.join("lock");
+        let lock =
+            Lock::take(&path, "packages are being fetched already").map_err(|e| Error::Write(path, e))?;
+        let apt = Apt::configure(&dir, &[SUITE, BACKPORTS])?;
+        let archive = Self { apt, stamp: dir.join("updated"), fresh: Cell::new(false), _lock: lock };
+        if !is_recent(&archive.stamp) {
+            archive.refresh()?;
         }
         Ok(archive)
+    }
+
+    /// Whether fetching the package lists again could give anything new.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.fresh.get()
+    }
+
+    /// Fetches the package lists.
+    pub(super) fn refresh(&self) -> Result<(), Error> {
+        let what = "fetching the package lists";
+        let step = Step::start(what);
+        // A list that cannot be had is only a warning otherwise.
+        self.apt.run("apt-get", what, ["-q", "-o", "APT::Update::Error-Mode=any", "update"])?;
+        step.finish();
+        self.fresh.set(true);
+        File::create(&self.stamp).map(drop).map_err(|e| Error::Write(self.stamp.clone(), e))
     }
 
     /// The package a metapackage such as `linux-image-amd64` stands for today.
     pub(super) fn kernel_of(&self, metapackage: &str, suite: &str) -> Result<String, Error> {
         let what = format!("looking up {metapackage}");
         let target = format!("{metapackage}/{suite}");
-        let output = self.run("apt-cache", &what, ["show", "--no-all-versions", &target])?;
+        let output = self.apt.run("apt-cache", &what, ["show", "--no-all-versions", &target])?;
         real_package(&String::from_utf8_lossy(&output.stdout))
             .ok_or_else(|| Error::NoKernel(metapackage.into(), suite.into()))
     }
@@ -124,35 +139,36 @@ impl Archive {
         list: impl Iterator<Item = &'a &'a str>,
         into: &Path,
     ) -> Result<(), Error> {
-        let output = self.run("apt-get", &format!("resolving {what}"), list)?;
+        let output = self.apt.run("apt-get", &format!("resolving {what}"), list)?;
         let packages = packages(&String::from_utf8_lossy(&output.stdout));
-        let debs = self.dir.join("debs");
-        let _ = fs::remove_dir_all(&debs);
-        fs::create_dir_all(&debs).map_err(|e| Error::Write(debs.clone(), e))?;
-        self.download(what, &packages, &debs)?;
 
         // A half-unpacked folder must never look like a whole one.
-        let partial = into.with_extension("partial");
+        let partial = partial(into);
         let _ = fs::remove_dir_all(&partial);
-        fs::create_dir_all(&partial).map_err(|e| Error::Write(partial.clone(), e))?;
+        let (debs, root) = (partial.join("debs"), partial.join("root"));
+        for folder in [&debs, &root] {
+            fs::create_dir_all(folder).map_err(|e| Error::Write(folder.clone(), e))?;
+        }
+        self.download(what, &packages, &debs)?;
         let mut step = Step::start_bytes(format!("unpacking {what}"), packages.iter().map(|p| p.bytes).sum());
         let mut done = 0;
         for package in &packages {
             let mut dpkg = Command::new("dpkg");
-            dpkg.arg("-x").arg(debs.join(&package.file)).arg(&partial);
+            dpkg.arg("-x").arg(debs.join(&package.file)).arg(&root);
             run(&mut dpkg, "dpkg", &format!("unpacking {}", package.file))?;
             done += package.bytes;
             step.at(done);
         }
         step.finish();
-        let _ = fs::remove_dir_all(&debs);
-        fs::rename(&partial, into).map_err(|e| Error::Write(into.into(), e))
+        fs::rename(&root, into).map_err(|e| Error::Write(into.into(), e))?;
+        let _ = fs::remove_dir_all(&partial);
+        Ok(())
     }
 
     fn download(&self, what: &str, packages: &[Package], into: &Path) -> Result<(), Error> {
         let mut step =
             Step::start_bytes(format!("downloading {what}"), packages.iter().map(|p| p.bytes).sum());
-        let mut apt = self.command("apt-get");
+        let mut apt = self.apt.command("apt-get");
         apt.args(["-q", "download"]).args(packages.iter().map(|p| &p.wanted)).current_dir(into);
         let worker = thread::spawn({
             let what = format!("downloading {what}");
@@ -166,79 +182,20 @@ impl Archive {
         step.finish();
         outcome.map(drop)
     }
-
-    fn run(
-        &self,
-        tool: &'static str,
-        what: &str,
-        arguments: impl IntoIterator<Item = impl AsRef<OsStr>>,
-    ) -> Result<Output, Error> {
-        run(self.command(tool).args(arguments), tool, what)
-    }
-
-    fn command(&self, tool: &str) -> Command {
-        let mut command = Command::new(tool);
-        let at = |name: &str| self.dir.join(name).display().to_string();
-        for option in [
-            format!("Dir::Etc::sourcelist={}", at("sources.list")),
-            "Dir::Etc::sourceparts=/dev/null".into(),
-            "Dir::Etc::preferencesparts=/dev/null".into(),
-            "Dir::Etc::preferences=/dev/null".into(),
-            format!("Dir::State={}", at("state")),
-            format!("Dir::State::status={}", at("status")),
-            format!("Dir::Cache={}", at("cache")),
-            "APT::Architecture=amd64".into(),
-            "APT::Architectures=amd64".into(),
-            "APT::Sandbox::User=root".into(),
-            "APT::Update::Post-Invoke-Success::=true".into(),
-            "Acquire::Retries=3".into(),
-        ] {
-            command.arg("-o").arg(option);
-        }
-        command.env("LC_ALL", "C").stdin(Stdio::null());
-        command
-    }
-
-    fn write(&self, name: &str, text: &str) -> Result<(), Error> {
-        let path = self.dir.join(name);
-        fs::write(&path, text).map_err(|e| Error::Write(path, e))
-    }
 }
 
-fn run(command: &mut Command, tool: &'static str, what: &str) -> Result<Output, Error> {
-    let output = command.output().map_err(|e| Error::Tool(tool, e))?;
-    if output.status.success() {
-        return Ok(output);
-    }
-    let text = String::from_utf8_lossy(&output.stderr);
-    let message = text.lines().rev().find(|line| line.starts_with("E:")).or(text.lines().last());
-    Err(Error::Failed { what: what.into(), message: message.unwrap_or("no message").trim().into() })
+/// A clock that was set back makes lists old, not young for ever.
+fn is_recent(stamp: &Path) -> bool {
+    let age = |modified| SystemTime::now().duration_since(modified).ok();
+    let modified = fs::metadata(stamp).and_then(|metadata| metadata.modified());
+    modified.ok().and_then(age).is_some_and(|age| age < LISTS_LAST)
 }
 
-/// The URI of the Debian archive this system uses.
-fn system_archive() -> Result<String, Error> {
-    let format = "$(RELEASE) $(COMPONENT) $(REPO_URI)";
-    let mut apt = Command::new("apt-get");
-    apt.args(["indextargets", "--format", format, "Created-By: Packages"]).env("LC_ALL", "C");
-    let output = run(&mut apt, "apt-get", "reading apt's configuration")?;
-    main_archive(&String::from_utf8_lossy(&output.stdout)).ok_or(Error::NoArchive)
-}
-
-/// Picks the main archive: the one that serves a plain Debian release (not its security or update suites, and
-/// not a third party's repository).
-fn main_archive(targets: &str) -> Option<String> {
-    const RELEASES: [&str; 8] =
-        ["bookworm", "trixie", "forky", "stable", "oldstable", "testing", "unstable", "sid"];
-    targets.lines().find_map(|line| {
-        let mut words = line.split_whitespace();
-        let (release, component, uri) = (words.next()?, words.next()?, words.next()?);
-        (component == "main" && RELEASES.contains(&release)).then(|| uri.to_string())
-    })
-}
-
-fn sources_list(uri: &str) -> String {
-    let signed = if Path::new(KEYRING).exists() { format!("[signed-by={KEYRING}] ") } else { String::new() };
-    [SUITE, BACKPORTS].map(|suite| format!("deb {signed}{uri} {suite} main\n")).concat()
+/// Beside `into`, so that one rename finishes the work. (The kernels' names contain dots: no extension.)
+fn partial(into: &Path) -> PathBuf {
+    let mut name = OsString::from(into);
+    name.push(".partial");
+    name.into()
 }
 
 /// Reads `apt-get --print-uris`: `'URI' FILE BYTES HASH`.
@@ -271,16 +228,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn main_archive_among_security_and_third_parties() {
-        let targets = "nodistro main http://a.example/\n\
-                       bookworm-security main http://b.example/security/\n\
-                       bookworm contrib http://c.example/debian/\n\
-                       bookworm main http://c.example/debian/\n";
-        assert_eq!(main_archive(targets).as_deref(), Some("http://c.example/debian/"));
-        assert_eq!(main_archive("nodistro main http://a.example/\n"), None);
-    }
-
-    #[test]
     fn package_versions_with_an_epoch() {
         let uris = "'http://a.example/q.deb' qemu_1%3a10.0.2+ds-2_amd64.deb 4711 SHA256:00\nnoise\n";
         let expected = Package {
@@ -296,5 +243,25 @@ mod tests {
         let record = "Package: linux-image-amd64\nDepends: linux-image-6.12.95+deb12-amd64 (= 6.12.95-1)\n";
         assert_eq!(real_package(record).as_deref(), Some("linux-image-6.12.95+deb12-amd64"));
         assert_eq!(real_package("Package: x\nDepends: libc6\n"), None);
+    }
+
+    #[test]
+    fn lists_grow_old() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let stamp = dir.path().join("updated");
+        assert!(!is_recent(&stamp));
+        let file = File::create(&stamp).expect("the stamp");
+        assert!(is_recent(&stamp));
+        let now = SystemTime::now();
+        file.set_modified(now - LISTS_LAST).expect("made old");
+        assert!(!is_recent(&stamp));
+        file.set_modified(now + LISTS_LAST).expect("put into the future");
+        assert!(!is_recent(&stamp));
+    }
+
+    #[test]
+    fn kernels_whose_names_begin_alike_have_folders_of_their_own() {
+        assert_eq!(partial(Path::new("k/6.12-cloud")), Path::new("k/6.12-cloud.partial"));
+        assert_eq!(partial(Path::new("k/6.12")), Path::new("k/6.12.partial"));
     }
 }

@@ -1,12 +1,12 @@
 //! Brings kernels, QEMU and tools from the distribution's archive into the cache folder, each once.
 
+mod apt;
 mod archive;
 mod unpacked;
 
-use std::cell::OnceCell;
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -91,24 +91,22 @@ pub struct KernelFiles {
 /// Provides what the lab needs, fetching what the cache lacks.
 pub struct Provision {
     workspace: Workspace,
-    archive: OnceCell<Archive>,
 }
 
 impl Provision {
     /// Nothing is fetched until it is asked for.
     pub fn new(workspace: &Workspace) -> Self {
-        Self { workspace: workspace.clone(), archive: OnceCell::new() }
+        Self { workspace: workspace.clone() }
     }
 
     /// The kernel `kernel`.
     pub fn kernel(&self, kernel: Kernel) -> Result<KernelFiles, Error> {
         let dir = self.workspace.cache().join("kernels").join(kernel.name());
-        if !dir.exists() {
+        self.fetch(&dir, |archive| {
             let (metapackage, suite) = kernel.metapackage();
-            let package = self.archive()?.kernel_of(metapackage, suite)?;
-            self.make_parent(&dir)?;
-            self.archive()?.unpack(&format!("kernel {}", kernel.name()), &[&package], suite, &dir)?;
-        }
+            let package = archive.kernel_of(metapackage, suite)?;
+            archive.unpack(&format!("kernel {}", kernel.name()), &[&package], suite, &dir)
+        })?;
         let unpacked = Unpacked::new(dir);
         let modules = unpacked.find(&["lib/modules", "usr/lib/modules"])?;
         let mut entries = fs::read_dir(&modules).map_err(|e| Error::Read(modules.clone(), e))?;
@@ -123,10 +121,8 @@ impl Provision {
     /// The programs that run in hosts and guests: busybox, iperf3, sockperf, ethtool, ip.
     pub fn tools(&self) -> Result<Unpacked, Error> {
         let dir = self.workspace.cache().join("tools");
-        if !dir.exists() {
-            let packages = ["busybox-static", "ethtool", "iperf3", "iproute2", "sockperf"];
-            self.archive()?.unpack_closed("tools", &packages, SUITE, &dir)?;
-        }
+        let packages = ["busybox-static", "ethtool", "iperf3", "iproute2", "sockperf"];
+        self.fetch(&dir, |archive| archive.unpack_closed("tools", &packages, SUITE, &dir))?;
         let tools = Unpacked::new(dir);
         for (name, places) in TOOLS {
             let launcher = self.workspace.launchers().join(name);
@@ -138,9 +134,7 @@ impl Provision {
     /// QEMU, as a launcher that any process can start by this path.
     pub fn qemu(&self) -> Result<PathBuf, Error> {
         let dir = self.workspace.cache().join("qemu");
-        if !dir.exists() {
-            self.archive()?.unpack_closed("QEMU", &["qemu-system-x86"], BACKPORTS, &dir)?;
-        }
+        self.fetch(&dir, |archive| archive.unpack_closed("QEMU", &["qemu-system-x86"], BACKPORTS, &dir))?;
         let qemu = Unpacked::new(dir);
         let launcher = self.workspace.launchers().join("qemu-system-x86_64");
         let at = |path: &str| format!("'{}'", qemu.path(path).display());
@@ -156,17 +150,31 @@ impl Provision {
         Ok(launcher)
     }
 
-    fn archive(&self) -> Result<&Archive, Error> {
-        if let Some(archive) = self.archive.get() {
-            return Ok(archive);
+    /// Has `unpack` make `dir` out of the archive's packages if nobody has yet. The archive is given back at once:
+    /// whoever held it for longer, waiting for something else, could wait for one who waits for the archive.
+    fn fetch(
+        &self,
+        dir: &Path,
+        unpack: impl Fn(&Archive) -> Result<(), archive::Error>,
+    ) -> Result<(), Error> {
+        if dir.exists() {
+            return Ok(());
         }
         let archive = Archive::open(&self.workspace.cache())?;
-        Ok(self.archive.get_or_init(|| archive))
-    }
-
-    fn make_parent(&self, dir: &std::path::Path) -> Result<(), Error> {
+        if dir.exists() {
+            // Someone else fetched it while we waited.
+            return Ok(());
+        }
         let parent = dir.parent().unwrap_or(dir);
-        fs::create_dir_all(parent).map_err(|e| Error::Write(parent.into(), e))
+        fs::create_dir_all(parent).map_err(|e| Error::Write(parent.into(), e))?;
+        match unpack(&archive) {
+            Err(error @ archive::Error::Failed { .. }) if !archive.is_fresh() => {
+                eprintln!("lab: {error}: once more with new package lists");
+                archive.refresh()?;
+                Ok(unpack(&archive)?)
+            }
+            outcome => Ok(outcome?),
+        }
     }
 }
 

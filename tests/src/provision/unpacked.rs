@@ -4,10 +4,12 @@
 //! disturbs what the system has installed.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+
+use tempfile::NamedTempFile;
 
 use super::Error;
 
@@ -95,11 +97,14 @@ fn write_executable(at: &Path, text: &str) -> io::Result<()> {
         // Inside the emulated host the file system is read-only.
         return Ok(());
     }
-    if let Some(folder) = at.parent() {
-        fs::create_dir_all(folder)?;
-    }
-    fs::write(at, text)?;
-    fs::set_permissions(at, fs::Permissions::from_mode(0o755))
+    // Someone may be starting it right now: the old one or the new one, never half of one.
+    let folder = at.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(folder)?;
+    let mut partial = NamedTempFile::new_in(folder)?;
+    partial.write_all(text.as_bytes())?;
+    partial.as_file().set_permissions(fs::Permissions::from_mode(0o755))?;
+    partial.persist(at)?;
+    Ok(())
 }
 
 #[cfg(test)]

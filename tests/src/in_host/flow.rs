@@ -1,0 +1,69 @@
+//! Whether a testbed's traffic flows, and every byte of it is right.
+
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, ensure};
+
+use super::{Host, Testbed};
+use crate::traffic::{End, Traffic, Workload};
+
+/// TCP backs off while the backend is away; its next try may be some seconds later.
+const RESUME: Duration = Duration::from_secs(60);
+/// Payload bytes that show a flow.
+const ENOUGH: u64 = 1_000_000;
+
+/// Sends a stream out of the guest, then one into it, over as many connections; each must have moved a megabyte
+/// within two seconds, every byte as it was sent.
+pub fn move_both_ways(testbed: &mut Testbed, connections: u16) -> anyhow::Result<()> {
+    for workload in [Workload::TcpOut, Workload::TcpIn] {
+        let traffic = Traffic { connections, ..Traffic::new(workload) };
+        let wire_end = testbed.wire.listen(traffic)?;
+        testbed.vm.start_traffic(traffic)?;
+        sleep(Duration::from_secs(2));
+        let guest_end = testbed.vm.stop_traffic()?;
+        let wire_end = wire_end.stop();
+        ensure!(guest_end.failure.is_none() && wire_end.failure.is_none(), "{guest_end:?} {wire_end:?}");
+        ensure!(wire_end.connections == u64::from(connections), "{workload:?}: {wire_end:?}");
+        let verified = wire_end.bytes_verified + guest_end.bytes_verified;
+        ensure!(verified > ENOUGH, "{workload:?}: only {verified} bytes");
+    }
+    Ok(())
+}
+
+/// Waits until the guest has received a further megabyte of a running [`Workload::TcpIn`].
+pub fn wait_for_more(testbed: &mut Testbed, wire_end: &End) -> anyhow::Result<()> {
+    let before = testbed.vm.traffic_counts()?.bytes_verified;
+    let start = Instant::now();
+    loop {
+        sleep(Duration::from_millis(300));
+        let counts = testbed.vm.traffic_counts()?;
+        if let Some(failure) = counts.failure.or(wire_end.counts().failure) {
+            bail!("the connection broke: {failure}");
+        }
+        if counts.bytes_verified > before + ENOUGH {
+            return Ok(());
+        }
+        ensure!(start.elapsed() < RESUME, "no traffic for {RESUME:?}");
+    }
+}
+
+/// Kills the backend a few times in the midst of a stream into the guest and starts it again: the same connection
+/// must carry on each time.
+pub fn survive_killed_backends(testbed: &mut Testbed, host: &Host) -> anyhow::Result<()> {
+    let traffic = Traffic::new(Workload::TcpIn);
+    let wire_end = testbed.wire.listen(traffic)?;
+    testbed.vm.start_traffic(traffic)?;
+    for _ in 0..3 {
+        wait_for_more(testbed, &wire_end)?;
+        testbed.kill_backend()?;
+        sleep(Duration::from_millis(500));
+        testbed.restart_backend(host)?;
+    }
+    wait_for_more(testbed, &wire_end)?;
+    let (status, uptime) = testbed.vm.run("cat /proc/uptime")?;
+    ensure!(status == 0 && !uptime.is_empty());
+    let guest_end = testbed.vm.stop_traffic()?;
+    ensure!(guest_end.connections == 1 && guest_end.failure.is_none(), "{guest_end:?}");
+    Ok(())
+}
