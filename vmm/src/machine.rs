@@ -160,6 +160,7 @@ impl Machine {
         // Before the first thread starts, because threads inherit which signals are blocked.
         let signals = signals::block().map_err(system("block the signals that end a VM"))?;
         let placement = Placement::check(&options.cpus, options.ivcpu.as_ref(), &pin::online()?)?;
+        let boot_files = options.kernel.open().map_err(kernel::Error::from)?;
         pin::keep_off(&placement.taken())?;
         let kvm = open_kvm()?;
         let vm = Arc::new(create_vm(&kvm)?);
@@ -170,6 +171,14 @@ impl Machine {
         let profile = cpuid::Profile { vcpus: placement.vcpus(), pv_eoi: options.cpus.pv_eoi, dedicated };
         let template = cpuid::Template::new(&kvm, profile)?;
         let pci_window_64 = memory::pci_window_64(&memory, template.physical_bits());
+
+        reset_vector::write(&memory).map_err(Error::ResetVector)?;
+        let rsdp = acpi::write(&memory, acpi::Platform { vcpus: placement.vcpus(), pci_window_64 })?;
+        let mut command_line = options.kernel.command_line.clone();
+        if let Some(number) = placement.ivcpu {
+            command_line = format!("{command_line} {}", ivcpu::guest_command_line(number));
+        }
+        let entry = kernel::load(&memory, boot_files, &command_line, rsdp)?;
 
         let serial = serial::Port::new(&options.serial)?;
         if let Some(port) = &serial {
@@ -184,13 +193,6 @@ impl Machine {
         let net = add_net(&mut pci, &wiring, &options.net, pci_window_64)?;
         let devices = Arc::new(Devices { serial, pci });
 
-        reset_vector::write(&memory).map_err(Error::ResetVector)?;
-        let rsdp = acpi::write(&memory, acpi::Platform { vcpus: placement.vcpus(), pci_window_64 })?;
-        let mut boot = options.kernel.clone();
-        if let Some(number) = placement.ivcpu {
-            boot.command_line = format!("{} {}", boot.command_line, ivcpu::guest_command_line(number));
-        }
-        let entry = kernel::load(&memory, &boot, rsdp)?;
         let mut vcpus = Vec::new();
         for thread in placement.threads {
             vcpus.push(create_vcpu(&vm, &memory, &template, thread, entry)?);
