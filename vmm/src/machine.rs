@@ -10,8 +10,10 @@ use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Kvm, VmFd};
 use nix::sys::signalfd::SignalFd;
 
+use crate::affinity::refresh::Refresh;
 use crate::affinity::{self, HostIrqs};
 use crate::boot::{acpi, cpuid, kernel, mtrr, registers, reset_vector};
+use crate::chain::Chain;
 use crate::devices::Devices;
 use crate::exits::{self, lifetime::Lifetime};
 use crate::gsi::{self, KvmRouter, MessageRouter};
@@ -148,8 +150,8 @@ pub struct Machine {
     end: Arc<EndSignal>,
     interactive: bool,
     exits: Option<exits::lifetime::Format>,
-    /// Restores the host's interrupts when the VM has ended.
-    _host_irqs: Option<HostIrqs>,
+    /// The host's interrupts that were moved; restored when this is dropped.
+    host_irqs: Option<HostIrqs>,
     _vm: Arc<VmFd>,
     _memory: GuestMemory,
 }
@@ -160,6 +162,10 @@ impl Machine {
         // Before the first thread starts, because threads inherit which signals are blocked.
         let signals = signals::block().map_err(system("block the signals that end a VM"))?;
         let placement = Placement::check(&options.cpus, options.ivcpu.as_ref(), &pin::online()?)?;
+        // What a run that was killed left moved may be on a pCPU this one uses, with an IVCPU or without.
+        if let Err(error) = affinity::recover() {
+            tracing::warn!("host interrupts that a killed run moved stay there: {}", Chain(&error));
+        }
         let boot_files = options.kernel.open().map_err(kernel::Error::from)?;
         pin::keep_off(&placement.taken())?;
         let kvm = open_kvm()?;
@@ -205,7 +211,7 @@ impl Machine {
             end: Arc::new(EndSignal::new().map_err(system("make an eventfd"))?),
             interactive: options.serial == SerialMode::Tty,
             exits: options.exits,
-            _host_irqs: move_host_irqs(options.ivcpu.as_ref())?,
+            host_irqs: move_host_irqs(options.ivcpu.as_ref())?,
             _vm: vm,
             _memory: memory,
         })
@@ -234,6 +240,11 @@ impl Machine {
             }
         }
 
+        if let Some(irqs) = self.host_irqs.take() {
+            let refresh = Refresh::new(irqs)
+                .map_err(system("make the timer that looks after the host's interrupts"))?;
+            events.add_subscriber(Box::new(refresh));
+        }
         for net in self.net.drain(..) {
             events.add_subscriber(Box::new(net));
         }
@@ -331,7 +342,7 @@ fn add_net(
     Ok(devices)
 }
 
-/// Moves the host interrupts of the VM's devices to the IVCPU's pCPU, and puts back what a run that was killed left moved.
+/// Moves the host interrupts of the VM's devices to the IVCPU's pCPU.
 fn move_host_irqs(ivcpu: Option<&IvcpuOptions>) -> Result<Option<HostIrqs>, Error> {
     match ivcpu.and_then(|ivcpu| Some((ivcpu.interrupt_pcpu()?, ivcpu.host_irqs.clone()))) {
         Some((pcpu, sources)) => Ok(Some(HostIrqs::move_to(pcpu, sources)?)),
