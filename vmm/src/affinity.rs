@@ -8,10 +8,11 @@
 //! shared interrupt to a VMM that still wants it. The last one restores. An affinity that somebody else has changed in the
 //! meantime is left alone.
 //!
-//! Moving takes root. The interrupts of a device behind `vfio-pci` appear only when the guest sets up MSI-X: call
-//! [`HostIrqs::update`] then.
+//! Moving takes root. The interrupts of a device behind `vfio-pci` appear only when the guest sets up MSI-X, so
+//! [`refresh::Refresh`] looks again while the VM runs.
 
 mod journal;
+pub mod refresh;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
@@ -140,11 +141,7 @@ impl HostIrqs {
     }
 
     fn move_in(roots: Roots, pcpu: usize, sources: Vec<IrqSource>) -> Result<HostIrqs, Error> {
-        match recover_in(&roots) {
-            // Without the right to restore there is none to move either: said below, if there is anything to move.
-            Err(Error::Journal { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => {}
-            recovered => recovered?,
-        }
+        recover_in(&roots)?;
         let mut irqs = HostIrqs {
             roots,
             pcpu,
@@ -190,8 +187,14 @@ impl HostIrqs {
     fn take(&mut self, journals: &Journals, irq: u32) -> Result<(), Error> {
         let Some(current) = affinity(&self.roots, irq)? else { return Ok(()) };
         let already_there = current.allowed == self.pcpu.to_string();
-        if !self.former.contains_key(&irq) {
-            let former = journals.others(self.journal.as_ref())?.former_of(irq).unwrap_or(current);
+        let others = journals.others(self.journal.as_ref())?;
+        if self.former.contains_key(&irq) {
+            // A VMM that came later has it. Taking it back would set the two of them against each other.
+            if others.have_moved(irq, &current.allowed) {
+                return Ok(());
+            }
+        } else {
+            let former = others.former_of(irq).unwrap_or(current);
             if self.journal.is_none() {
                 self.journal = Some(journals.create(self.pcpu)?);
             }
@@ -239,7 +242,7 @@ impl Drop for HostIrqs {
     }
 }
 
-/// Restores what runs that were killed left behind.
+/// Restores what runs that were killed left behind. Whoever may not does nothing; the next run of root does it.
 pub fn recover() -> Result<(), Error> {
     recover_in(&Roots::default())
 }
@@ -248,7 +251,12 @@ fn recover_in(roots: &Roots) -> Result<(), Error> {
     if !roots.journals.exists() {
         return Ok(());
     }
-    let journals = Journals::lock(&roots.journals)?;
+    let journals = match Journals::lock(&roots.journals) {
+        Err(Error::Journal { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => {
+            return Ok(());
+        }
+        locked => locked?,
+    };
     // Before the abandoned ones are taken, which locks them.
     let others = journals.others(None)?;
     for dead in journals.abandoned()? {

@@ -70,14 +70,44 @@ pub struct KvmRouter {
 
 struct State {
     free: IdAllocator,
-    messages: BTreeMap<u32, Message>,
+    messages: Messages,
+}
+
+/// The messages that KVM has routes to.
+#[derive(Default)]
+struct Messages(BTreeMap<u32, Message>);
+
+impl Messages {
+    /// Points a GSI at `message`, if `set` gets the table with it into KVM. One that is refused must not stay: KVM takes
+    /// the whole table or nothing, so it would spoil every later one.
+    fn insert(
+        &mut self,
+        gsi: u32,
+        message: Message,
+        set: impl FnOnce(&[kvm_irq_routing_entry]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let former = self.0.insert(gsi, message);
+        if former == Some(message) {
+            return Ok(());
+        }
+        let messages = self.0.iter().map(|(&gsi, &message)| message_route(gsi, message));
+        let entries: Vec<_> = line_routes().chain(messages).collect();
+        set(&entries).inspect_err(|_| match former {
+            Some(former) => {
+                self.0.insert(gsi, former);
+            }
+            None => {
+                self.0.remove(&gsi);
+            }
+        })
+    }
 }
 
 impl KvmRouter {
     /// All GSIs above the lines are free.
     pub fn new(vm: Arc<VmFd>) -> Result<Self, Error> {
         let free = IdAllocator::new(LINES, LAST_GSI).map_err(|_| Error::Exhausted)?;
-        Ok(Self { vm, state: Mutex::new(State { free, messages: BTreeMap::new() }) })
+        Ok(Self { vm, state: Mutex::new(State { free, messages: Messages::default() }) })
     }
 }
 
@@ -89,15 +119,10 @@ impl MessageRouter for KvmRouter {
 
     fn route(&self, gsi: u32, message: Message) -> Result<(), Error> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.messages.insert(gsi, message) == Some(message) {
-            return Ok(());
-        }
-        // KVM takes the whole table or nothing.
-        let entries: Vec<_> = line_routes()
-            .chain(state.messages.iter().map(|(&gsi, &message)| message_route(gsi, message)))
-            .collect();
-        let table = KvmIrqRouting::from_entries(&entries).map_err(|_| Error::Exhausted)?;
-        self.vm.set_gsi_routing(&table).map_err(Error::Routes)
+        state.messages.insert(gsi, message, |entries| {
+            let table = KvmIrqRouting::from_entries(entries).map_err(|_| Error::Exhausted)?;
+            self.vm.set_gsi_routing(&table).map_err(Error::Routes)
+        })
     }
 
     fn connect(&self, gsi: u32, event: &EventFd) -> Result<(), Error> {
@@ -134,4 +159,34 @@ fn message_route(gsi: u32, message: Message) -> kvm_irq_routing_entry {
     };
     let u = kvm_irq_routing_entry__bindgen_ty_1 { msi };
     kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, u, ..Default::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LINE_ROUTES: usize = 16 + LINES as usize;
+
+    fn message(data: u32) -> Message {
+        Message { address: 0xfee0_0000, data }
+    }
+
+    #[test]
+    fn a_refused_message_does_not_spoil_later_tables() {
+        let mut messages = Messages::default();
+        let refuse = |_: &[kvm_irq_routing_entry]| Err(Error::Exhausted);
+        let expect = |gsis: &'static [u32]| {
+            move |entries: &[kvm_irq_routing_entry]| {
+                let there: Vec<_> = entries[LINE_ROUTES..].iter().map(|entry| entry.gsi).collect();
+                assert_eq!(there, gsis);
+                Ok(())
+            }
+        };
+        messages.insert(24, message(1), refuse).unwrap_err();
+        messages.insert(25, message(2), expect(&[25])).unwrap();
+        messages.insert(25, message(3), refuse).unwrap_err();
+        assert_eq!(messages.0.get(&25), Some(&message(2)), "as KVM still has it");
+        messages.insert(25, message(2), refuse).unwrap();
+        messages.insert(24, message(3), expect(&[24, 25])).unwrap();
+    }
 }

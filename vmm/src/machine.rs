@@ -10,8 +10,10 @@ use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Kvm, VmFd};
 use nix::sys::signalfd::SignalFd;
 
+use crate::affinity::refresh::Refresh;
 use crate::affinity::{self, HostIrqs};
 use crate::boot::{acpi, cpuid, kernel, mtrr, registers, reset_vector};
+use crate::chain::Chain;
 use crate::devices::Devices;
 use crate::exits::{self, lifetime::Lifetime};
 use crate::gsi::{self, KvmRouter, MessageRouter};
@@ -148,8 +150,8 @@ pub struct Machine {
     end: Arc<EndSignal>,
     interactive: bool,
     exits: Option<exits::lifetime::Format>,
-    /// Restores the host's interrupts when the VM has ended.
-    _host_irqs: Option<HostIrqs>,
+    /// The host's interrupts that were moved; restored when this is dropped.
+    host_irqs: Option<HostIrqs>,
     _vm: Arc<VmFd>,
     _memory: GuestMemory,
 }
@@ -160,6 +162,11 @@ impl Machine {
         // Before the first thread starts, because threads inherit which signals are blocked.
         let signals = signals::block().map_err(system("block the signals that end a VM"))?;
         let placement = Placement::check(&options.cpus, options.ivcpu.as_ref(), &pin::online()?)?;
+        // What a run that was killed left moved may be on a pCPU this one uses, with an IVCPU or without.
+        if let Err(error) = affinity::recover() {
+            tracing::warn!("host interrupts that a killed run moved stay there: {}", Chain(&error));
+        }
+        let boot_files = options.kernel.open().map_err(kernel::Error::from)?;
         pin::keep_off(&placement.taken())?;
         let kvm = open_kvm()?;
         let vm = Arc::new(create_vm(&kvm)?);
@@ -170,6 +177,14 @@ impl Machine {
         let profile = cpuid::Profile { vcpus: placement.vcpus(), pv_eoi: options.cpus.pv_eoi, dedicated };
         let template = cpuid::Template::new(&kvm, profile)?;
         let pci_window_64 = memory::pci_window_64(&memory, template.physical_bits());
+
+        reset_vector::write(&memory).map_err(Error::ResetVector)?;
+        let rsdp = acpi::write(&memory, acpi::Platform { vcpus: placement.vcpus(), pci_window_64 })?;
+        let mut command_line = options.kernel.command_line.clone();
+        if let Some(number) = placement.ivcpu {
+            command_line = format!("{command_line} {}", ivcpu::guest_command_line(number));
+        }
+        let entry = kernel::load(&memory, boot_files, &command_line, rsdp)?;
 
         let serial = serial::Port::new(&options.serial)?;
         if let Some(port) = &serial {
@@ -184,13 +199,6 @@ impl Machine {
         let net = add_net(&mut pci, &wiring, &options.net, pci_window_64)?;
         let devices = Arc::new(Devices { serial, pci });
 
-        reset_vector::write(&memory).map_err(Error::ResetVector)?;
-        let rsdp = acpi::write(&memory, acpi::Platform { vcpus: placement.vcpus(), pci_window_64 })?;
-        let mut boot = options.kernel.clone();
-        if let Some(number) = placement.ivcpu {
-            boot.command_line = format!("{} {}", boot.command_line, ivcpu::guest_command_line(number));
-        }
-        let entry = kernel::load(&memory, &boot, rsdp)?;
         let mut vcpus = Vec::new();
         for thread in placement.threads {
             vcpus.push(create_vcpu(&vm, &memory, &template, thread, entry)?);
@@ -203,7 +211,7 @@ impl Machine {
             end: Arc::new(EndSignal::new().map_err(system("make an eventfd"))?),
             interactive: options.serial == SerialMode::Tty,
             exits: options.exits,
-            _host_irqs: move_host_irqs(options.ivcpu.as_ref())?,
+            host_irqs: move_host_irqs(options.ivcpu.as_ref())?,
             _vm: vm,
             _memory: memory,
         })
@@ -232,6 +240,11 @@ impl Machine {
             }
         }
 
+        if let Some(irqs) = self.host_irqs.take() {
+            let refresh = Refresh::new(irqs)
+                .map_err(system("make the timer that looks after the host's interrupts"))?;
+            events.add_subscriber(Box::new(refresh));
+        }
         for net in self.net.drain(..) {
             events.add_subscriber(Box::new(net));
         }
@@ -329,7 +342,7 @@ fn add_net(
     Ok(devices)
 }
 
-/// Moves the host interrupts of the VM's devices to the IVCPU's pCPU, and puts back what a run that was killed left moved.
+/// Moves the host interrupts of the VM's devices to the IVCPU's pCPU.
 fn move_host_irqs(ivcpu: Option<&IvcpuOptions>) -> Result<Option<HostIrqs>, Error> {
     match ivcpu.and_then(|ivcpu| Some((ivcpu.interrupt_pcpu()?, ivcpu.host_irqs.clone()))) {
         Some((pcpu, sources)) => Ok(Some(HostIrqs::move_to(pcpu, sources)?)),

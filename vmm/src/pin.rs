@@ -1,6 +1,7 @@
 //! Which pCPUs a thread may run on: the `affinity=` syntax of Cloud Hypervisor, and the calls that apply it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::str::FromStr;
 use std::{fs, io};
 
@@ -24,6 +25,26 @@ impl FromStr for PcpuList {
             strip_brackets(text).ok_or_else(|| "expected a list of pCPUs such as [0,2-3]".to_owned())?;
         let list = parse_ranges(inside)?;
         if list.is_empty() { Err("expected at least one pCPU".to_owned()) } else { Ok(Self(list)) }
+    }
+}
+
+/// As the kernel writes it: `0,2-3`.
+impl fmt::Display for PcpuList {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut separator = "";
+        let mut rest = self.0.iter().copied().peekable();
+        while let Some(first) = rest.next() {
+            let mut last = first;
+            while let Some(next) = rest.next_if_eq(&(last + 1)) {
+                last = next;
+            }
+            write!(f, "{separator}{first}")?;
+            if last > first {
+                write!(f, "-{last}")?;
+            }
+            separator = ",";
+        }
+        Ok(())
     }
 }
 
@@ -88,21 +109,19 @@ pub enum Error {
         pcpu: usize,
         /// Whose affinity names it.
         what: String,
-        /// The kernel's list.
-        online: String,
+        /// Those that are.
+        online: PcpuList,
     },
     /// The list of online pCPUs could not be read.
     #[error("cannot read which pCPUs are online ({ONLINE})")]
     Online(#[source] io::Error),
     /// The kernel refused an affinity.
-    #[error(
-        "cannot pin {what} to pCPUs {pcpus:?}; is this process confined to other pCPUs (taskset, cpuset)?"
-    )]
+    #[error("cannot pin {what} to pCPUs {pcpus}; is this process confined to other pCPUs (taskset, cpuset)?")]
     Pin {
         /// Which thread.
         what: String,
         /// Where to.
-        pcpus: BTreeSet<usize>,
+        pcpus: PcpuList,
         /// The error.
         source: nix::Error,
     },
@@ -121,13 +140,15 @@ pub fn online() -> Result<BTreeSet<usize>, Error> {
 pub fn check_online(what: &str, wanted: &PcpuList, online: &BTreeSet<usize>) -> Result<(), Error> {
     match wanted.0.difference(online).next() {
         None => Ok(()),
-        Some(&pcpu) => Err(Error::NotOnline { pcpu, what: what.to_owned(), online: format!("{online:?}") }),
+        Some(&pcpu) => {
+            Err(Error::NotOnline { pcpu, what: what.to_owned(), online: PcpuList(online.clone()) })
+        }
     }
 }
 
 /// Pins the calling thread, which the message calls `what`.
 pub fn pin_current_thread(what: &str, pcpus: &BTreeSet<usize>) -> Result<(), Error> {
-    let failed = |source| Error::Pin { what: what.to_owned(), pcpus: pcpus.clone(), source };
+    let failed = |source| Error::Pin { what: what.to_owned(), pcpus: PcpuList(pcpus.clone()), source };
     let mut set = CpuSet::new();
     for &pcpu in pcpus {
         set.set(pcpu).map_err(failed)?;
@@ -139,7 +160,7 @@ pub fn pin_current_thread(what: &str, pcpus: &BTreeSet<usize>) -> Result<(), Err
 pub fn keep_off(taken: &BTreeSet<usize>) -> Result<(), Error> {
     let allowed = sched_getaffinity(Pid::from_raw(0)).map_err(|source| Error::Pin {
         what: "the VMM's own threads".to_owned(),
-        pcpus: BTreeSet::new(),
+        pcpus: PcpuList::default(),
         source,
     })?;
     let rest: BTreeSet<usize> = (0..CpuSet::count())
@@ -183,6 +204,7 @@ mod tests {
     fn a_pcpu_that_is_not_online_is_named() {
         let error = check_online("vCPU 1", &list(&[0, 7]), &BTreeSet::from([0, 1])).unwrap_err().to_string();
         assert!(error.contains("pCPU 7, wanted for vCPU 1"), "{error}");
+        assert!(error.ends_with("online are 0-1"), "{error}");
     }
 
     #[test]
@@ -200,6 +222,14 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn lists_are_written_as_they_are_read(
+            pcpus in proptest::collection::btree_set(0..CpuSet::count(), 1..20)
+        ) {
+            let list = PcpuList(pcpus);
+            prop_assert_eq!(format!("[{list}]").parse(), Ok(list));
+        }
+
         #[test]
         fn no_text_panics(text in "[\\[\\]@,0-9a-f-]{0,40}") {
             let _ = text.parse::<PcpuList>();

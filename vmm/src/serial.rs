@@ -6,15 +6,17 @@
 //! terminal, a pipe or a file, and only the first two can be polled; its end is no error, the console just hears
 //! nothing more.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
@@ -73,6 +75,11 @@ pub enum Error {
         /// The error.
         source: io::Error,
     },
+    /// The file of `--serial file=` is a pipe or the like, which could block the VMM.
+    #[error(
+        "the serial output file {0} is neither a regular file nor a character device such as a terminal; give one of these"
+    )]
+    NotAFile(PathBuf),
     /// An event or timer file could not be made.
     #[error("cannot make the serial port's event files")]
     Events(#[source] io::Error),
@@ -154,9 +161,7 @@ impl Port {
             SerialMode::Off => return Ok(None),
             SerialMode::Null => Box::new(io::sink()),
             SerialMode::Tty => Box::new(io::stdout()),
-            SerialMode::File(path) => {
-                Box::new(File::create(path).map_err(|source| Error::File { path: path.clone(), source })?)
-            }
+            SerialMode::File(path) => Box::new(create(path)?),
         };
         Self::with_sink(sink).map(|port| Some(Arc::new(port))).map_err(Error::Events)
     }
@@ -223,6 +228,25 @@ impl Port {
             }
         }
     }
+}
+
+/// Opens the file of `--serial file=`, made if it is not there and emptied if it is.
+fn create(path: &Path) -> Result<File, Error> {
+    let failed = |source| Error::File { path: path.into(), source };
+    let mut options = OpenOptions::new();
+    // A pipe nobody reads from would block, and a terminal is not to become ours.
+    options.write(true).create(true).truncate(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+    let file = match options.open(path) {
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return Err(Error::NotAFile(path.into())),
+        opened => opened.map_err(failed)?,
+    };
+    let kind = file.metadata().map_err(failed)?.file_type();
+    if !kind.is_file() && !kind.is_char_device() {
+        return Err(Error::NotAFile(path.into()));
+    }
+    // Output to a slow terminal waits for it rather than being lost.
+    fcntl(&file, FcntlArg::F_SETFL(OFlag::empty())).map_err(|error| failed(error.into()))?;
+    Ok(file)
 }
 
 /// Writes out what stayed in the serial buffer.
@@ -308,6 +332,21 @@ mod tests {
             feeder.join().unwrap();
         });
         assert!(port.interrupt().read().unwrap() > 0);
+    }
+
+    #[test]
+    fn output_goes_to_files_and_terminals_but_not_to_pipes() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pipe");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(matches!(create(&path), Err(Error::NotAFile(_))), "without a reader");
+        let _reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
+        assert!(matches!(create(&path), Err(Error::NotAFile(_))), "with a reader");
+        for path in [directory.path().join("log"), "/dev/null".into()] {
+            let file = create(&path).unwrap();
+            let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL).unwrap());
+            assert!(!flags.contains(OFlag::O_NONBLOCK), "{path:?}");
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! How a vCPU is stopped: [`Running::stop`] raises a flag and sends the thread a signal. If the signal finds the thread
 //! inside KVM_RUN, the call returns EINTR. If it comes just before, the signal handler has set `immediate_exit` in the
 //! thread's shared `kvm_run` page and KVM_RUN returns at once. If it comes before the thread knows that page, the flag
-//! is seen before the first KVM_RUN.
+//! is seen before the first KVM_RUN. A signal without the flag is somebody else's, and the vCPU goes on.
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
@@ -12,7 +12,7 @@ use std::io;
 use std::panic::{self, AssertUnwindSafe};
 use std::str::FromStr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, compiler_fence};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -173,7 +173,7 @@ fn run_loop(fd: &mut VcpuFd, number: u8, devices: &Devices, stop: &AtomicBool) -
             }
             Ok(VcpuExit::MmioRead(address, data)) => devices.mmio_read(address, data),
             Ok(VcpuExit::MmioWrite(address, data)) => devices.mmio_write(address, data),
-            Ok(VcpuExit::Intr) => {}
+            Ok(VcpuExit::Intr) => stay_in_guest(fd),
             Ok(VcpuExit::Shutdown) => return Some(Ending::TripleFault { vcpu: number }),
             Ok(VcpuExit::FailEntry(reason, _)) => {
                 return failed(format!("the processor refuses to enter the guest (reason {reason:#x})"));
@@ -185,11 +185,19 @@ fn run_loop(fd: &mut VcpuFd, number: u8, devices: &Devices, stop: &AtomicBool) -
                 return failed(format!("KVM internal error {suberror} at guest address {rip:#x}"));
             }
             Ok(exit) => return failed(format!("unexpected KVM exit {exit:?}")),
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
+            Err(error) if error.errno() == libc::EINTR => stay_in_guest(fd),
+            Err(error) if error.errno() == libc::EAGAIN => {}
             Err(error) => return failed(format!("KVM_RUN: {error}")),
         }
     }
     None
+}
+
+/// Takes back what [`leave_guest`] asked for, or KVM_RUN would return at once for ever. The flag is looked at after this: a
+/// signal of [`Running::stop`] that came before has raised it, and one that comes later sets the byte again.
+fn stay_in_guest(fd: &mut VcpuFd) {
+    fd.set_kvm_immediate_exit(0);
+    compiler_fence(Ordering::SeqCst);
 }
 
 #[cfg(test)]

@@ -1,7 +1,10 @@
 //! Bad input: one clear line that says what to do, a status that is not success, and nothing left behind.
 
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::{Command, Stdio};
+
+use nix::sys::stat::Mode;
 
 /// Runs the program with these words; checks the shape of the answer and returns its one line.
 fn refused(words: &[&str]) -> String {
@@ -23,6 +26,25 @@ fn refused_with_kvm(words: &[&str]) -> String {
         return String::new();
     }
     line
+}
+
+/// A bzImage that is just enough to be loaded, and whose header promises `paragraphs` times 16 bytes after the setup.
+fn kernel(paragraphs: u8) -> tempfile::NamedTempFile {
+    let mut bytes = vec![0u8; 1024];
+    bytes[0x1f1] = 1; // one setup sector
+    bytes[0x1f4] = paragraphs;
+    bytes[0x202..0x206].copy_from_slice(b"HdrS");
+    bytes[0x206..0x208].copy_from_slice(&0x020fu16.to_le_bytes());
+    bytes[0x211] = 1; // loaded high
+    bytes[0x236] = 1; // 64-bit entry
+    bytes[0x238..0x23c].copy_from_slice(&2047u32.to_le_bytes()); // longest command line
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), bytes).unwrap();
+    file
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
 }
 
 fn assert_says(line: &str, expected: &str) {
@@ -62,41 +84,60 @@ fn pcpus_that_are_not_there_or_shared() {
 
 #[test]
 fn kernels_that_are_none() {
-    assert_says(&refused_with_kvm(&["--kernel", "/nonexistent"]), "cannot read the kernel /nonexistent");
-    assert_says(&refused_with_kvm(&["--kernel", "/etc"]), "cannot read the kernel /etc");
+    assert_says(&refused(&["--kernel", "/nonexistent"]), "cannot read the kernel /nonexistent");
+    assert_says(&refused(&["--kernel", "/etc"]), "the kernel /etc is not a regular file");
     assert_says(&refused_with_kvm(&["--kernel", "/etc/passwd"]), "/etc/passwd is not a bzImage");
+    let cut_off = kernel(1);
+    assert_says(&refused_with_kvm(&["--kernel", path(cut_off.path())]), "is cut off");
+}
+
+#[test]
+fn files_that_would_never_end() {
+    let directory = tempfile::tempdir().unwrap();
+    let pipe = directory.path().join("pipe");
+    nix::unistd::mkfifo(&pipe, Mode::S_IRWXU).unwrap();
+    let kernel = kernel(0);
+    for endless in [path(&pipe), "/dev/zero"] {
+        assert_says(&refused(&["--kernel", endless]), "is not a regular file");
+        let words = ["--kernel", path(kernel.path()), "--initramfs", endless];
+        assert_says(&refused(&words), "is not a regular file");
+    }
+    let serial = format!("file={}", pipe.display());
+    assert_says(
+        &refused_with_kvm(&["--kernel", path(kernel.path()), "--serial", &serial]),
+        "neither a regular file nor a character device",
+    );
 }
 
 #[test]
 fn backends_that_are_none() {
+    let kernel = kernel(0);
+    let kernel = path(kernel.path());
     let directory = tempfile::tempdir().unwrap();
     let absent = format!("vhost_user=true,socket={}/absent", directory.path().display());
-    assert_says(&refused_with_kvm(&["--kernel", "x", "--net", &absent]), "start the backend first");
+    assert_says(&refused_with_kvm(&["--kernel", kernel, "--net", &absent]), "start the backend first");
 
-    let path = directory.path().join("hangs-up");
-    let listener = UnixListener::bind(&path).unwrap();
+    let socket = directory.path().join("hangs-up");
+    let listener = UnixListener::bind(&socket).unwrap();
     let peer = std::thread::spawn(move || drop(listener.accept()));
-    let net = format!("vhost_user=true,socket={}", path.display());
-    let line = refused_with_kvm(&["--kernel", "x", "--net", &net]);
+    let net = format!("vhost_user=true,socket={}", socket.display());
+    let line = refused_with_kvm(&["--kernel", kernel, "--net", &net]);
     assert_says(&line, "no other VMM connected to it?");
     if !line.is_empty() {
         peer.join().unwrap();
     }
 
-    let path = directory.path().join("silent");
-    let _listener = UnixListener::bind(&path).unwrap();
-    let net = format!("vhost_user=true,socket={}", path.display());
-    let output = Command::new(env!("CARGO_BIN_EXE_ivcpu-vmm"))
-        .args(["--kernel", "x", "--net", &net])
-        .output()
-        .unwrap();
-    assert_eq!(output.status.code(), Some(1), "a peer that never answers is given up");
+    let socket = directory.path().join("silent");
+    let _listener = UnixListener::bind(&socket).unwrap();
+    let net = format!("vhost_user=true,socket={}", socket.display());
+    let line = refused_with_kvm(&["--kernel", kernel, "--net", &net]);
+    assert_says(&line, "does not answer within 3 s; another VMM is probably connected to it");
 }
 
 #[test]
 fn a_serial_file_that_cannot_be_made() {
     assert_says(
-        &refused_with_kvm(&["--kernel", "x", "--serial", "file=/nonexistent/log"]),
+        &refused_with_kvm(&["--kernel", path(kernel(0).path()), "--serial", "file=/nonexistent/log"]),
         "cannot create the serial output file",
     );
 }

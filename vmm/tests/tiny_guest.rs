@@ -160,6 +160,27 @@ fn the_console_echoes_a_pipe_and_survives_its_end() {
 }
 
 #[test]
+fn a_stray_signal_does_not_keep_a_vcpu_out_of_the_guest() {
+    if !has_kvm("a_stray_signal_does_not_keep_a_vcpu_out_of_the_guest") {
+        return;
+    }
+    let kernel = image(&[code::print(b"up\n"), code::echo()].concat());
+    let mut child = vmm().arg("--kernel").arg(kernel.path()).stdin(Stdio::piped()).spawn().unwrap();
+    let mut line = [0; 3];
+    child.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
+    let vcpu = thread_ids(child.id()).into_iter().find(|(_, name)| name == "vcpu0").unwrap().0;
+    // SAFETY: a system call without pointers; the process is our child and not waited for, so the ids are its own.
+    let sent = unsafe { libc::syscall(libc::SYS_tgkill, child.id(), vcpu, libc::SIGRTMIN()) };
+    assert_eq!(sent, 0);
+    std::thread::sleep(Duration::from_millis(100));
+    child.stdin.take().unwrap().write_all(b"still here\nq").unwrap();
+    assert_eq!(wait_within(&mut child, Duration::from_secs(20)), 0);
+    let mut heard = String::new();
+    child.stdout.take().unwrap().read_to_string(&mut heard).unwrap();
+    assert_eq!(heard, "still here\n");
+}
+
+#[test]
 fn a_signal_wakes_a_sleeping_guest_and_ends_it() {
     if !has_kvm("a_signal_wakes_a_sleeping_guest_and_ends_it") {
         return;
@@ -190,12 +211,19 @@ fn serial_output_goes_where_it_is_told() {
     }
 }
 
-fn thread_names(pid: u32) -> Vec<String> {
+fn thread_ids(pid: u32) -> Vec<(i32, String)> {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
     tasks
-        .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok())
-        .map(|name| name.trim().to_owned())
+        .filter_map(|task| {
+            let task = task.unwrap();
+            let name = std::fs::read_to_string(task.path().join("comm")).ok()?;
+            Some((task.file_name().to_str()?.parse().ok()?, name.trim().to_owned()))
+        })
         .collect()
+}
+
+fn thread_names(pid: u32) -> Vec<String> {
+    thread_ids(pid).into_iter().map(|(_, name)| name).collect()
 }
 
 #[test]

@@ -135,6 +135,11 @@ impl Held {
         self.0.iter().find_map(|record| record.former.get(&irq).cloned())
     }
 
+    /// Whether one of them wants the interrupt where it is.
+    pub(super) fn have_moved(&self, irq: u32, allowed: &str) -> bool {
+        self.0.iter().any(|record| record.former.contains_key(&irq) && record.pcpu.to_string() == allowed)
+    }
+
     /// A pCPU that one of them wants the interrupt on.
     pub(super) fn pcpu_of(&self, irq: u32) -> Option<usize> {
         self.0.iter().find(|record| record.former.contains_key(&irq)).map(|record| record.pcpu)

@@ -1,5 +1,7 @@
 use std::os::unix::fs::symlink;
 
+use event_manager::{EventManager, SubscriberOps};
+
 use super::*;
 
 /// A fake host with the interrupts 24 and 25 of a PCI function, shown as `eth0` too, and 30 of nobody.
@@ -108,6 +110,32 @@ fn an_interrupt_that_appears_later_is_moved_by_an_update() {
     assert_eq!(host.affinities(), ["3", "3", "3"]);
     drop(irqs);
     assert_eq!(host.affinities(), ["0-3", "1", "0-3"]);
+}
+
+#[test]
+fn the_event_loop_looks_again() {
+    let host = Host::new();
+    let mut events = EventManager::new().unwrap();
+    events.add_subscriber(refresh::Refresh::new(host.move_to(3, FUNCTION).unwrap()).unwrap());
+    host.set(24, "0-3"); // a balancer at work
+    assert_eq!(events.run_with_timeout(10_000).unwrap(), 1);
+    assert_eq!(host.affinities(), ["3", "3", "0-3"]);
+    drop(events);
+    assert_eq!(host.affinities(), ["0-3", "1", "0-3"]);
+}
+
+#[test]
+fn an_update_leaves_a_shared_interrupt_to_the_vmm_that_came_last() {
+    let host = Host::new();
+    let mut first = host.move_to(3, "24").unwrap();
+    let mut second = host.move_to(2, "24").unwrap();
+    for vmm in [&mut first, &mut second] {
+        vmm.update().unwrap();
+        assert_eq!(host.affinities()[0], "2");
+    }
+    host.set(24, "0-3"); // a balancer at work
+    second.update().unwrap();
+    assert_eq!(host.affinities()[0], "2");
 }
 
 #[test]

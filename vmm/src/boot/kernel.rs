@@ -3,14 +3,13 @@
 //! The 64-bit boot protocol of `Documentation/arch/x86/boot.rst`: the compressed kernel goes to 1 MiB and is entered
 //! 0x200 beyond; it moves itself to the address it prefers. The initrd goes as high as it may below the hole.
 
-use std::fs::File;
-use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::{BzImage, KernelLoader};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use super::files::{self, BootFile, BootFiles};
 use super::layout;
 use crate::memory::{ECAM_SIZE, ECAM_START, GuestMemory, HOLE_START};
 
@@ -22,6 +21,10 @@ const ENTRY_64_BIT: u64 = 0x200;
 /// First boot protocol with `xloadflags`, and so with a 64-bit entry one can check for.
 const OLDEST_PROTOCOL: u16 = 0x020c;
 const PAGE: u64 = 4096;
+/// Unit of `setup_sects`, bytes.
+const SECTOR: u64 = 512;
+/// Unit of `syssize`, bytes.
+const PARAGRAPH: u64 = 16;
 
 /// What is booted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,19 +37,19 @@ pub struct KernelOptions {
     pub command_line: String,
 }
 
+impl KernelOptions {
+    /// Opens the files.
+    pub fn open(&self) -> Result<BootFiles, files::Error> {
+        BootFiles::open(&self.kernel, self.initramfs.as_deref())
+    }
+}
+
 /// What can go wrong while a kernel is loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A file could not be opened or read.
-    #[error("cannot read the {what} {path}")]
-    File {
-        /// kernel or initramfs.
-        what: &'static str,
-        /// Its path.
-        path: PathBuf,
-        /// The error of the system.
-        source: io::Error,
-    },
+    /// A file cannot be booted from.
+    #[error(transparent)]
+    File(#[from] files::Error),
     /// The file is not a bzImage.
     #[error(
         "{path} is not a bzImage ({reason}); give --kernel a compressed x86 Linux kernel, such as /boot/vmlinuz-*"
@@ -56,6 +59,18 @@ pub enum Error {
         path: PathBuf,
         /// What the loader missed.
         reason: String,
+    },
+    /// The end of the file is missing.
+    #[error(
+        "the kernel {path} is cut off: it has {size} bytes and its header promises {promised}; copy or download it again"
+    )]
+    Truncated {
+        /// Its path.
+        path: PathBuf,
+        /// Bytes it has.
+        size: u64,
+        /// Bytes it should have.
+        promised: u64,
     },
     /// The kernel has no 64-bit entry point.
     #[error("{path} has no 64-bit entry point (boot protocol {version:#x}); give --kernel an x86-64 kernel")]
@@ -98,17 +113,17 @@ pub enum Error {
 /// Loads kernel, initrd and command line, writes the zero page, and returns the address of the first instruction.
 ///
 /// `rsdp` is the guest-physical address of the root of the ACPI tables.
-pub fn load(memory: &GuestMemory, options: &KernelOptions, rsdp: u64) -> Result<u64, Error> {
-    let header = load_kernel(memory, &options.kernel)?;
+pub fn load(memory: &GuestMemory, files: BootFiles, command_line: &str, rsdp: u64) -> Result<u64, Error> {
+    let header = load_kernel(memory, files.kernel)?;
     let kernel_end = end_of_unpacked_kernel(&header);
     let mut params = boot_params { hdr: header, acpi_rsdp_addr: rsdp, ..Default::default() };
     params.hdr.type_of_loader = LOADER_UNDEFINED;
-    if let Some(path) = &options.initramfs {
-        let (address, size) = load_initramfs(memory, path, kernel_end, &header)?;
+    if let Some(file) = files.initramfs {
+        let (address, size) = load_initramfs(memory, file, kernel_end, &header)?;
         params.hdr.ramdisk_image = address as u32;
         params.hdr.ramdisk_size = size as u32;
     }
-    write_command_line(memory, &options.command_line, &header)?;
+    write_command_line(memory, command_line, &header)?;
     params.hdr.cmd_line_ptr = layout::COMMAND_LINE as u32;
     fill_e820(memory, &mut params);
     memory
@@ -117,28 +132,38 @@ pub fn load(memory: &GuestMemory, options: &KernelOptions, rsdp: u64) -> Result<
     Ok(layout::HIGH_MEMORY + ENTRY_64_BIT)
 }
 
-fn load_kernel(memory: &GuestMemory, path: &Path) -> Result<setup_header, Error> {
-    let mut file = open("kernel", path)?;
-    let size =
-        file.metadata().map_err(|source| Error::File { what: "kernel", path: path.into(), source })?.len();
+fn load_kernel(memory: &GuestMemory, file: BootFile) -> Result<setup_header, Error> {
+    let BootFile { path, mut file, size } = file;
     let available = low_ram_end(memory);
-    if layout::HIGH_MEMORY + size > available {
-        return Err(too_small("the kernel", layout::HIGH_MEMORY + size, available));
+    let loaded_end = layout::HIGH_MEMORY.saturating_add(size);
+    if loaded_end > available {
+        return Err(too_small("the kernel", loaded_end, available));
     }
     let loaded = BzImage::load(memory, Some(GuestAddress(layout::HIGH_MEMORY)), &mut file, None)
-        .map_err(|error| Error::NotBzImage { path: path.into(), reason: error.to_string() })?;
+        .map_err(|error| Error::NotBzImage { path: path.clone(), reason: error.to_string() })?;
     let header = loaded
         .setup_header
-        .ok_or_else(|| Error::NotBzImage { path: path.into(), reason: "no setup header".into() })?;
+        .ok_or_else(|| Error::NotBzImage { path: path.clone(), reason: "no setup header".into() })?;
+    let promised = promised_size(&header);
+    if size < promised {
+        return Err(Error::Truncated { path, size, promised });
+    }
     let version = header.version;
     if version < OLDEST_PROTOCOL || header.xloadflags & XLOADFLAG_64_BIT_ENTRY == 0 {
-        return Err(Error::Not64Bit { path: path.into(), version });
+        return Err(Error::Not64Bit { path, version });
     }
     let needed = end_of_unpacked_kernel(&header);
     if needed > available {
         return Err(too_small("the kernel", needed, available));
     }
     Ok(header)
+}
+
+/// Bytes of the file as its header has it; a signature may follow.
+fn promised_size(header: &setup_header) -> u64 {
+    // No number means four, from the time before there was one.
+    let setup_sectors = if header.setup_sects == 0 { 4 } else { u64::from(header.setup_sects) };
+    (1 + setup_sectors) * SECTOR + u64::from(header.syssize) * PARAGRAPH
 }
 
 /// A relocatable kernel unpacks itself at its preferred address or where it was loaded, whichever is higher.
@@ -149,29 +174,29 @@ fn end_of_unpacked_kernel(header: &setup_header) -> u64 {
 /// Reads the initrd to the highest address that kernel and hole allow; returns its address and size.
 fn load_initramfs(
     memory: &GuestMemory,
-    path: &Path,
+    file: BootFile,
     kernel_end: u64,
     header: &setup_header,
 ) -> Result<(u64, usize), Error> {
-    let mut content = Vec::new();
-    open("initramfs", path)?.read_to_end(&mut content).map_err(|source| Error::File {
-        what: "initramfs",
-        path: path.into(),
-        source,
-    })?;
-    let size = content.len() as u64;
+    let BootFile { mut file, size, .. } = file;
     let limit = low_ram_end(memory).min(u64::from(header.initrd_addr_max).saturating_add(1));
     let address = limit
         .checked_sub(size)
         .map(|address| address & !(PAGE - 1))
         .filter(|&address| address >= kernel_end.next_multiple_of(PAGE))
         .ok_or_else(|| {
-            too_small("the initramfs", size + PAGE, low_ram_end(memory).saturating_sub(kernel_end))
+            too_small(
+                "the initramfs",
+                size.saturating_add(PAGE),
+                low_ram_end(memory).saturating_sub(kernel_end),
+            )
         })?;
+    // It fits, so its size is below 4 GiB.
+    let size = size as usize;
     memory
-        .write_slice(&content, GuestAddress(address))
+        .read_exact_volatile_from(GuestAddress(address), &mut file, size)
         .map_err(|source| Error::Memory { what: "the initramfs", source })?;
-    Ok((address, content.len()))
+    Ok((address, size))
 }
 
 fn write_command_line(memory: &GuestMemory, text: &str, header: &setup_header) -> Result<(), Error> {
@@ -207,15 +232,6 @@ fn low_ram_end(memory: &GuestMemory) -> u64 {
     memory.iter().map(|region| region.last_addr().raw_value() + 1).filter(below_hole).max().unwrap_or(0)
 }
 
-fn open(what: &'static str, path: &Path) -> Result<File, Error> {
-    let failed = |source| Error::File { what, path: path.into(), source };
-    let file = File::open(path).map_err(failed)?;
-    if file.metadata().map_err(failed)?.is_dir() {
-        return Err(failed(io::Error::from(io::ErrorKind::IsADirectory)));
-    }
-    Ok(file)
-}
-
 fn too_small(what: &'static str, needed: u64, available: u64) -> Error {
     Error::TooSmall { what, needed: needed.div_ceil(1 << 20), available: available >> 20 }
 }
@@ -223,6 +239,7 @@ fn too_small(what: &'static str, needed: u64, available: u64) -> Error {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::path::Path;
 
     use super::*;
 
@@ -251,6 +268,10 @@ mod tests {
 
     fn options(kernel: &Path) -> KernelOptions {
         KernelOptions { kernel: kernel.into(), initramfs: None, command_line: "console=ttyS0".into() }
+    }
+
+    fn load(memory: &GuestMemory, options: &KernelOptions, rsdp: u64) -> Result<u64, Error> {
+        super::load(memory, options.open()?, &options.command_line, rsdp)
     }
 
     fn ram(mebibytes: usize) -> GuestMemory {
@@ -282,12 +303,37 @@ mod tests {
         let memory = ram(64);
         let error = |kernel: &Path| load(&memory, &options(kernel), 0).unwrap_err().to_string();
         assert!(error(Path::new("/nonexistent/vmlinuz")).contains("/nonexistent/vmlinuz"));
-        assert!(error(Path::new("/proc")).contains("cannot read the kernel"));
+        assert!(error(Path::new("/proc")).contains("the kernel /proc is not a regular file"));
         let script = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(script.path(), "#!/bin/sh\n").unwrap();
         assert!(error(script.path()).contains("is not a bzImage"));
         assert!(error(image(|h| h.xloadflags = 0).path()).contains("no 64-bit entry"));
         assert!(error(image(|h| h.version = 0x0204).path()).contains("no 64-bit entry"));
+    }
+
+    #[test]
+    fn a_kernel_whose_end_is_missing_is_refused() {
+        let memory = ram(64);
+        for (paragraphs, whole) in [(4096 / 16, true), (4096 / 16 + 1, false), (u32::MAX, false)] {
+            let kernel = image(|h| h.syssize = paragraphs);
+            let loaded = load(&memory, &options(kernel.path()), 0);
+            assert_eq!(loaded.is_ok(), whole, "{paragraphs}");
+            assert!(whole || matches!(loaded, Err(Error::Truncated { size: 5120, .. })));
+        }
+    }
+
+    #[test]
+    fn pipes_and_devices_are_not_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let pipe = directory.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let kernel = image(|_| ());
+        for path in [pipe.as_path(), Path::new("/dev/zero")] {
+            let opened = options(path).open();
+            assert!(matches!(opened, Err(files::Error::NotRegular { what: "kernel", .. })));
+            let opened = KernelOptions { initramfs: Some(path.into()), ..options(kernel.path()) }.open();
+            assert!(matches!(opened, Err(files::Error::NotRegular { what: "initramfs", .. })));
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 pub mod acpi;
 pub mod cpuid;
+pub mod files;
 pub mod kernel;
 pub mod mtrr;
 pub mod registers;

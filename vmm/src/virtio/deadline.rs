@@ -10,7 +10,10 @@ use std::{io, thread};
 
 #[derive(Debug, Default)]
 struct State {
-    expires: Option<Instant>,
+    /// When time is up, and how much there was.
+    running: Option<(Instant, Duration)>,
+    /// How much time there was, once it was up.
+    expired: Option<Duration>,
     ended: bool,
 }
 
@@ -41,39 +44,49 @@ impl Deadline {
 
     /// Starts the clock: calls on the connection may take `within` from now on.
     pub fn start(&self, within: Duration) -> Guard<'_> {
-        self.set(Some(Instant::now() + within), false);
+        self.change(|state| state.running = Some((Instant::now() + within, within)));
         Guard(self)
     }
 
-    fn set(&self, expires: Option<Instant>, ended: bool) {
-        *lock(&self.shared.state) = State { expires, ended };
+    /// Whether the peer was too slow and the connection is given up for it: the time it had.
+    pub fn expired(&self) -> Option<Duration> {
+        lock(&self.shared.state).expired
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        change(&mut lock(&self.shared.state));
         self.shared.changed.notify_one();
     }
 }
 
 impl Drop for Guard<'_> {
     fn drop(&mut self) {
-        self.0.set(None, false);
+        self.0.change(|state| state.running = None);
     }
 }
 
 impl Drop for Deadline {
     fn drop(&mut self) {
-        self.set(None, true);
+        self.change(|state| state.ended = true);
     }
 }
 
 fn watch(shared: &Shared, stream: &UnixStream) {
     let mut state = lock(&shared.state);
     while !state.ended {
-        state = match state.expires.map(|expires| expires.saturating_duration_since(Instant::now())) {
+        let left = state.running.map(|(end, within)| (end.saturating_duration_since(Instant::now()), within));
+        state = match left {
             None => shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
-            Some(Duration::ZERO) => {
-                tracing::warn!("the vhost-user backend does not answer; the connection is given up");
+            Some((Duration::ZERO, within)) => {
+                // First, so that whoever meets the shut connection finds out why.
+                state.expired = Some(within);
+                tracing::debug!("the vhost-user backend does not answer; the connection is given up");
                 let _ = stream.shutdown(Shutdown::Both);
                 return;
             }
-            Some(left) => shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0,
+            Some((left, _)) => {
+                shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+            }
         };
     }
 }
@@ -95,6 +108,7 @@ mod tests {
         let guard = deadline.start(Duration::from_millis(20));
         assert_eq!(ours.read(&mut [0; 8]).unwrap(), 0);
         drop(guard);
+        assert_eq!(deadline.expired(), Some(Duration::from_millis(20)));
     }
 
     #[test]
@@ -107,5 +121,6 @@ mod tests {
         thread::sleep(Duration::from_millis(250));
         io::Write::write_all(&mut peer, &[1]).unwrap();
         assert_eq!(ours.read(&mut [0; 8]).unwrap(), 1);
+        assert_eq!(deadline.expired(), None);
     }
 }

@@ -6,6 +6,7 @@
 pub mod control_queue;
 pub mod deadline;
 pub mod net_options;
+pub mod reconnect;
 pub mod registers;
 pub mod session;
 pub mod transport;

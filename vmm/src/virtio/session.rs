@@ -53,6 +53,17 @@ pub enum Error {
         /// The error.
         source: vhost::Error,
     },
+    /// The peer took the connection and says nothing: it is busy with another frontend, or hangs.
+    #[error(
+        "the vhost-user backend at {path} does not answer within {} s; another VMM is probably connected to it: stop that one or use another socket",
+        within.as_secs()
+    )]
+    Silent {
+        /// The socket.
+        path: PathBuf,
+        /// The time it had.
+        within: Duration,
+    },
     /// The backend cannot do what every guest needs.
     #[error("the vhost-user backend at {path} does not offer {feature}; use one that does")]
     Lacks {
@@ -126,13 +137,13 @@ impl Session {
 
     fn negotiate(&mut self, vrings: u64) -> Result<(), Error> {
         let _guard = self.deadline.start(ANSWER_WITHIN);
-        let failed = |step| message_error(&self.path, step);
+        let failed = |step| failed(&self.path, &self.deadline, step);
         self.frontend.set_owner().map_err(failed("SET_OWNER"))?;
         self.offered = self.frontend.get_features().map_err(failed("GET_FEATURES"))?;
         if self.offered & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
             return Err(Error::Lacks { path: self.path.clone(), feature: "protocol features" });
         }
-        let protocol = negotiate_protocol(&mut self.frontend, &self.path)?;
+        let protocol = negotiate_protocol(&mut self.frontend, failed)?;
         if vrings <= 2 {
             return Ok(());
         }
@@ -150,7 +161,7 @@ impl Session {
         // is told anew on the same connection.
         self.frontend = Frontend::from_stream(self.stream.try_clone()?, vrings);
         self.frontend.get_features().map_err(failed("GET_FEATURES"))?;
-        negotiate_protocol(&mut self.frontend, &self.path)?;
+        negotiate_protocol(&mut self.frontend, failed)?;
         Ok(())
     }
 
@@ -174,7 +185,7 @@ impl Session {
         enabled: impl Fn(u16) -> bool,
     ) -> Result<(), Error> {
         let guard = self.deadline.start(ANSWER_WITHIN);
-        let failed = |step| message_error(&self.path, step);
+        let failed = |step| failed(&self.path, &self.deadline, step);
         let features = (features & self.offered) | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         self.frontend.set_features(features).map_err(failed("SET_FEATURES"))?;
         let regions: Vec<_> = memory
@@ -216,16 +227,19 @@ impl Session {
     /// Lets a ring carry packets, or not.
     pub fn set_enabled(&mut self, ring: u16, on: bool) -> Result<(), Error> {
         let _guard = self.deadline.start(ANSWER_WITHIN);
-        self.frontend
-            .set_vring_enable(usize::from(ring), on)
-            .map_err(message_error(&self.path, "SET_VRING_ENABLE"))
+        self.frontend.set_vring_enable(usize::from(ring), on).map_err(failed(
+            &self.path,
+            &self.deadline,
+            "SET_VRING_ENABLE",
+        ))
     }
 
     /// Takes all rings back; the backend does not touch them when this returns.
     pub fn stop(&mut self) -> Result<(), Error> {
         let _guard = self.deadline.start(ANSWER_WITHIN);
         for index in self.started.drain(..) {
-            self.frontend.get_vring_base(index).map_err(message_error(&self.path, "GET_VRING_BASE"))?;
+            let failed = failed(&self.path, &self.deadline, "GET_VRING_BASE");
+            self.frontend.get_vring_base(index).map_err(failed)?;
         }
         Ok(())
     }
@@ -236,19 +250,26 @@ impl Session {
     }
 }
 
-fn negotiate_protocol(frontend: &mut Frontend, path: &Path) -> Result<VhostUserProtocolFeatures, Error> {
-    let offered = frontend.get_protocol_features().map_err(message_error(path, "GET_PROTOCOL_FEATURES"))?;
+fn negotiate_protocol<F: FnOnce(vhost::Error) -> Error>(
+    frontend: &mut Frontend,
+    failed: impl Fn(&'static str) -> F,
+) -> Result<VhostUserProtocolFeatures, Error> {
+    let offered = frontend.get_protocol_features().map_err(failed("GET_PROTOCOL_FEATURES"))?;
     let wanted = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
     let agreed = offered & wanted;
-    frontend.set_protocol_features(agreed).map_err(message_error(path, "SET_PROTOCOL_FEATURES"))?;
+    frontend.set_protocol_features(agreed).map_err(failed("SET_PROTOCOL_FEATURES"))?;
     if agreed.contains(VhostUserProtocolFeatures::REPLY_ACK) {
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
     }
     Ok(agreed)
 }
 
-fn message_error(path: &Path, step: &'static str) -> impl Fn(vhost::Error) -> Error {
-    move |source| Error::Message { path: path.into(), step, source }
+/// What a failed message means: a connection the deadline has shut says nothing by itself.
+fn failed(path: &Path, deadline: &Deadline, step: &'static str) -> impl FnOnce(vhost::Error) -> Error {
+    move |source| match deadline.expired() {
+        Some(within) => Error::Silent { path: path.into(), within },
+        None => Error::Message { path: path.into(), step, source },
+    }
 }
 
 /// The addresses of a ring as the backend wants them: in this process.

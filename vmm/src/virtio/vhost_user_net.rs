@@ -3,33 +3,31 @@
 //! The VMM has the configuration space and the control queue; the backend has the rings of packets, their kicks come to
 //! it from KVM and its calls go to the guest through KVM. So while packets flow nothing of them passes through here.
 //!
-//! When the backend hangs up, the link goes down and the socket is tried every [`RETRY`]. When a backend
+//! When the backend hangs up, the link goes down and a thread ([`reconnect`]) tries the socket, less often where somebody
+//! listens but does not answer. It waits for answers without the device, which the guest goes on to use. When a backend
 //! answers again it gets everything anew, each ring from the used index the lost one left in guest memory, and a kick on
 //! each, because the driver may have suppressed its own on the word of the lost backend; each call is given once as well,
 //! for what the lost backend returned and did not tell. The device never changes what it offers: a backend that comes
 //! back with less than the driver negotiated is not taken.
 
-use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::*;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use vmm_sys_util::timerfd::TimerFd;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::control_queue::{self, Command, ControlQueue};
 use super::net_options::NetOptions;
+use super::reconnect;
 use super::session::{Base, Error, Session};
 use super::{Activation, ConfigChange, Device, Queue};
 use crate::chain::Chain;
+use crate::events;
 use crate::memory::GuestMemory;
-
-/// How often a lost backend is tried.
-pub const RETRY: Duration = Duration::from_millis(100);
 
 const CLASS_ETHERNET: u32 = 0x02_0000;
 const VIRTIO_F_IN_ORDER: u32 = 35;
@@ -86,9 +84,8 @@ struct Net {
     announce: bool,
     session: Option<Session>,
     running: Option<Running>,
-    retry: TimerFd,
-    /// Whether the log says already why a backend that listens again is not taken.
-    complained: bool,
+    /// Written when a backend is there again.
+    back: EventFd,
 }
 
 impl Net {
@@ -215,32 +212,11 @@ impl Net {
         );
         self.session = None;
         self.announce = false;
-        self.complained = false;
-        if let Err(error) = self.retry.reset(RETRY, Some(RETRY)) {
-            tracing::error!("cannot set the timer that looks for the backend: {error}");
-        }
         self.changed();
     }
 
-    /// Tries to get a backend again; says whether there is one.
-    fn try_again(&mut self) -> bool {
-        let _ = self.retry.wait();
-        match self.resume() {
-            Ok(()) => true,
-            Err(Error::Connect { .. }) => false,
-            Err(error) => {
-                // Said once for each loss: the next try is not far.
-                if !std::mem::replace(&mut self.complained, true) {
-                    tracing::warn!("{}", Chain(&error));
-                }
-                self.session = None;
-                false
-            }
-        }
-    }
-
-    fn resume(&mut self) -> Result<(), Error> {
-        let session = Session::connect(&self.options.socket, u64::from(2 * self.options.pairs))?;
+    /// Goes on with `session`, if its backend can do what the driver was promised.
+    fn resume(&mut self, session: Session) -> Result<(), Error> {
         // Without a driver all that the next one will be offered is needed.
         let needed = self.running.as_ref().map_or(self.offered, |running| running.features) & backend_mask();
         let missing = needed & !session.offered();
@@ -248,8 +224,10 @@ impl Net {
             return Err(Error::Changed { path: self.options.socket.clone(), missing });
         }
         self.session = Some(session);
-        self.start(Base::UsedIndex)?;
-        let _ = self.retry.clear();
+        if let Err(error) = self.start(Base::UsedIndex) {
+            self.session = None;
+            return Err(error);
+        }
         if let Some(running) = &self.running {
             for ring in &running.rings {
                 let _ = ring.kick.write(1);
@@ -259,6 +237,8 @@ impl Net {
         }
         tracing::warn!("the vhost-user backend at {} is back", self.options.socket.display());
         self.changed();
+        // The counter of an eventfd overflows only after 2^64 - 2 backends.
+        let _ = self.back.write(1);
         Ok(())
     }
 }
@@ -296,7 +276,7 @@ impl VhostUserNet {
                 feature: "several queue pairs (VIRTIO_NET_F_MQ)",
             });
         }
-        let retry = TimerFd::new().map_err(io::Error::from)?;
+        let back = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         let mac = options.mac.0;
         let net = Net {
             options,
@@ -306,14 +286,32 @@ impl VhostUserNet {
             announce: false,
             session: Some(session),
             running: None,
-            retry,
-            complained: false,
+            back,
         };
         Ok(Self(Arc::new(Mutex::new(net))))
     }
 
     fn lock(&self) -> MutexGuard<'_, Net> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Connects to a backend and goes on with it. Only the latter holds the device.
+    fn reconnect(&self) -> Result<(), Error> {
+        let (path, rings) = {
+            let net = self.lock();
+            (net.options.socket.clone(), u64::from(2 * net.options.pairs))
+        };
+        let session = Session::connect(&path, rings)?;
+        self.lock().resume(session)
+    }
+
+    /// Looks for a backend until there is one or the device is gone.
+    fn look_for_backend(&self) {
+        let device = Arc::downgrade(&self.0);
+        let started = reconnect::start(move || Some(Self(device.upgrade()?).reconnect()));
+        if let Err(error) = started {
+            tracing::error!("cannot start the thread that looks for the backend: {error}");
+        }
     }
 }
 
@@ -370,25 +368,24 @@ impl Device for VhostUserNet {
     }
 }
 
-/// The event loop's side: the hang-up of the backend, and the timer that looks for its return.
+/// The event loop's side: the hang-up of the backend, and its return.
 impl MutEventSubscriber for VhostUserNet {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         let mut net = self.lock();
-        if events.fd() == net.retry.as_raw_fd() {
-            if net.try_again() {
-                watch_hang_up(&net, ops);
-            }
+        if events.fd() == net.back.as_raw_fd() {
+            let _ = net.back.read();
+            watch_hang_up(&net, ops);
         } else if net.session.as_ref().is_some_and(|session| session.as_raw_fd() == events.fd()) {
             let _ = ops.remove(Events::empty_raw(events.fd()));
             net.lost();
+            drop(net);
+            self.look_for_backend();
         }
     }
 
     fn init(&mut self, ops: &mut EventOps) {
         let net = self.lock();
-        if let Err(error) = ops.add(Events::new(&net.retry, EventSet::IN)) {
-            tracing::error!("cannot watch the timer that looks for the backend: {error:?}");
-        }
+        events::watch(ops, net.back.as_raw_fd());
         watch_hang_up(&net, ops);
     }
 }

@@ -5,6 +5,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
@@ -206,7 +207,7 @@ fn a_backend_that_comes_back_goes_on_at_the_used_index() {
         assert_eq!(status(&net), 0, "link down");
         rig.memory.write_obj(100 * round, GuestAddress(0x1_2002)).unwrap();
         rig.memory.write_obj(100 * round + 1, GuestAddress(0x1_6002)).unwrap();
-        let (next, resumed) = Backend::accept(&rig.listener, VERSION_1, 2, || net.lock().resume());
+        let (next, resumed) = Backend::accept(&rig.listener, VERSION_1, 2, || net.reconnect());
         resumed.unwrap();
         let bases = next.heard(SET_VRING_BASE);
         assert_eq!(bases, [[0, 100 * u32::from(round)], [1, 100 * u32::from(round) + 1]]);
@@ -232,7 +233,7 @@ fn a_driver_that_comes_while_the_backend_is_away_gets_the_next_one() {
     backend.die();
     net.lock().lost();
     activate(&net, VERSION_1, (0..2).map(queue).collect());
-    let (next, resumed) = Backend::accept(&rig.listener, VERSION_1, 2, || net.lock().resume());
+    let (next, resumed) = Backend::accept(&rig.listener, VERSION_1, 2, || net.reconnect());
     resumed.unwrap();
     assert_eq!(next.heard(SET_VRING_BASE), [[0, 0], [1, 0]]);
 }
@@ -249,10 +250,58 @@ fn a_backend_that_comes_back_with_less_is_not_taken() {
         if with_driver {
             activate(&net, VERSION_1 | csum, (0..2).map(queue).collect());
         }
-        let (_less, resumed) = Backend::accept(&rig.listener, VERSION_1, 2, || net.lock().resume());
+        let (_less, resumed) = Backend::accept(&rig.listener, VERSION_1, 2, || net.reconnect());
         assert!(matches!(resumed, Err(Error::Changed { missing, .. }) if missing == csum));
         assert_eq!(status(&net), 0);
     }
+}
+
+#[test]
+fn the_device_is_free_while_a_silent_backend_is_waited_for() {
+    let rig = Rig::new();
+    let (backend, net) = rig.connect(1, VERSION_1, 2);
+    let net = net.unwrap();
+    backend.die();
+    net.lock().lost();
+    // Nobody accepts: the connection stays in the listener's queue, as with a backend that serves another VMM.
+    let tried = Instant::now();
+    let trying = thread::spawn({
+        let net = net.clone();
+        move || net.reconnect()
+    });
+    let mut longest = Duration::ZERO;
+    while !trying.is_finished() {
+        let asked = Instant::now();
+        assert_eq!(status(&net), 0);
+        longest = longest.max(asked.elapsed());
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert!(tried.elapsed() >= Duration::from_secs(3), "it was not silent");
+    assert!(longest < Duration::from_secs(2), "the guest waited {longest:?}");
+    let outcome = trying.join().unwrap();
+    assert!(matches!(outcome, Err(Error::Silent { .. })), "{outcome:?}");
+}
+
+#[test]
+fn a_lost_backend_is_looked_for_until_it_is_there() {
+    let rig = Rig::new();
+    let (backend, net) = rig.connect(1, VERSION_1, 2);
+    let net = net.unwrap();
+    backend.die();
+    net.lock().lost();
+    std::fs::remove_file(rig.socket()).unwrap();
+    net.look_for_backend();
+    thread::sleep(3 * reconnect::RETRY);
+    assert_eq!(status(&net), 0);
+    let listener = UnixListener::bind(rig.socket()).unwrap();
+    let _back = Backend::accept(&listener, VERSION_1, 2, || {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while status(&net) == 0 && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(10));
+        }
+    });
+    assert_eq!(status(&net), VIRTIO_NET_S_LINK_UP);
+    assert_eq!(net.lock().back.read().unwrap(), 1, "the event loop is told");
 }
 
 #[test]
