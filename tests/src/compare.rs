@@ -56,12 +56,12 @@ pub fn compare(workspace: &Workspace, options: &CompareOptions) -> anyhow::Resul
     let provision = Provision::new(workspace);
     provision.tools()?;
     provision.qemu()?;
-    workspace.build()?;
-    prepare_guest(workspace, &provision, options.kernel)?;
     let mut place = if options.native {
+        workspace.build()?;
+        prepare_guest(workspace, &provision, options.kernel)?;
         Place::Native(Box::new(Host::native()?))
     } else {
-        Place::emulated(workspace, &provision)?
+        Place::emulated(workspace, &provision, options.kernel)?
     };
 
     let plans = plans(options);
@@ -175,8 +175,8 @@ enum Place<'a> {
 }
 
 impl<'a> Place<'a> {
-    fn emulated(workspace: &'a Workspace, provision: &'a Provision) -> anyhow::Result<Self> {
-        let host = EmulatedHost::boot(workspace, provision, &Options::default())?;
+    fn emulated(workspace: &'a Workspace, provision: &'a Provision, guest: Kernel) -> anyhow::Result<Self> {
+        let host = EmulatedHost::build_and_boot(workspace, provision, &[guest], &Options::default())?;
         let kernel = host.kernel().to_owned();
         Ok(Self::Emulated { workspace, provision, host: Some(Box::new(host)), kernel, restarts: 0 })
     }
