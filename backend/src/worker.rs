@@ -20,6 +20,9 @@ use crate::stats::RingStats;
 use crate::to_guest::{Outcome, ToGuest};
 use crate::uplink::Pair;
 
+/// How often a thread that cannot sleep, because what it waits for is broken, looks again.
+const PACE: Duration = Duration::from_secs(1);
+
 /// One queue pair's data path.
 pub struct Worker {
     /// The rings.
@@ -111,10 +114,10 @@ impl Worker {
         let to_kick = if let Wait::Kick(kick) = &to_kick { kick.as_deref() } else { None };
         let uplink = self.pair.wait_fd().filter(|_| to_guest_waits);
         let sources = [
-            Some(rings.from_guest.attention()),
             Some(rings.to_guest.attention()),
-            from_kick.map(AsFd::as_fd),
+            Some(rings.from_guest.attention()),
             to_kick.map(AsFd::as_fd),
+            from_kick.map(AsFd::as_fd),
             uplink,
         ];
         let mut fds: Vec<PollFd> =
@@ -125,18 +128,32 @@ impl Worker {
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => {
-                // Nothing we can wait for: go on at a bearable pace.
                 tracing::warn!("cannot wait for the rings: {error}");
-                std::thread::sleep(Duration::from_millis(10));
+                std::thread::sleep(PACE);
             }
         }
-        for (vring, stats) in [&rings.to_guest, &rings.from_guest].into_iter().zip(&self.stats) {
-            vring.drain_attention();
-            if let Some(mut ring) = vring.try_lock()
+        // What each source said, in their order. Only what spoke is looked at: every look is a system call.
+        let mut told = fds.iter().map(|fd| fd.revents().unwrap_or(PollFlags::all()));
+        let [to_attention, from_attention, to_kicked, from_kicked, uplink] =
+            sources.map(|source| source.and_then(|_| told.next()).unwrap_or(PollFlags::empty()));
+        for (vring, stats, attention, kicked) in [
+            (&rings.to_guest, &self.stats[0], to_attention, to_kicked),
+            (&rings.from_guest, &self.stats[1], from_attention, from_kicked),
+        ] {
+            if !attention.is_empty() {
+                vring.drain_attention();
+            }
+            if !kicked.is_empty()
+                && let Some(mut ring) = vring.try_lock()
                 && ring.drain_kick()
             {
                 stats.kicks.add(1);
             }
+        }
+        if !uplink.is_empty() && !uplink.contains(PollFlags::POLLIN) {
+            // A device that was deleted says so at once, for ever.
+            tracing::warn!("the uplink failed; was its device deleted?");
+            std::thread::sleep(PACE);
         }
     }
 
