@@ -24,6 +24,8 @@ use crate::uplink::Pair;
 /// or spins, nothing depends on the kick eventfds, so they are read only to keep the counters true.
 const ROUNDS_A_LOOK: u32 = 256;
 const COUNT_KICKS_EVERY: Duration = Duration::from_millis(10);
+/// How often a thread that cannot sleep, because what it waits for is broken, looks again.
+const PACE: Duration = Duration::from_secs(1);
 
 /// One queue pair's data path.
 pub struct Worker {
@@ -120,10 +122,10 @@ impl Worker {
             return;
         };
         let sources = [
-            Some(rings.from_guest.attention()),
             Some(rings.to_guest.attention()),
-            from_kick.kick(),
+            Some(rings.from_guest.attention()),
             to_kick.kick(),
+            from_kick.kick(),
             self.pair.wait_fd().filter(|_| matches!(to_kick, Wait::Frames(_))),
         ];
         let mut fds: Vec<PollFd> =
@@ -134,14 +136,32 @@ impl Worker {
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => {
-                // Nothing we can wait for: go on at a bearable pace.
                 tracing::warn!("cannot wait for the rings: {error}");
-                std::thread::sleep(Duration::from_millis(10));
+                std::thread::sleep(PACE);
             }
         }
-        rings.to_guest.drain_attention();
-        rings.from_guest.drain_attention();
-        self.count_kicks();
+        // What each source said, in their order. Only what spoke is looked at: every look is a system call.
+        let mut told = fds.iter().map(|fd| fd.revents().unwrap_or(PollFlags::all()));
+        let [to_attention, from_attention, to_kicked, from_kicked, uplink] =
+            sources.map(|source| source.and_then(|_| told.next()).unwrap_or(PollFlags::empty()));
+        for (vring, stats, attention, kicked) in [
+            (&rings.to_guest, &self.stats[0], to_attention, to_kicked),
+            (&rings.from_guest, &self.stats[1], from_attention, from_kicked),
+        ] {
+            if !attention.is_empty() {
+                vring.drain_attention();
+            }
+            if !kicked.is_empty()
+                && let Some(mut ring) = vring.try_lock()
+            {
+                stats.kicks.add(ring.drain_kick());
+            }
+        }
+        if !uplink.is_empty() && !uplink.contains(PollFlags::POLLIN) {
+            // A device that was deleted says so at once, for ever.
+            tracing::warn!("the uplink failed; was its device deleted?");
+            std::thread::sleep(PACE);
+        }
     }
 
     /// Empties the kick eventfds into the counters.
