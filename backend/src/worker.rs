@@ -151,7 +151,8 @@ impl Worker {
             if !attention.is_empty() {
                 vring.drain_attention();
             }
-            if !kicked.is_empty()
+            // A ring that was just stopped has kept the kicks it took with it.
+            if !(attention | kicked).is_empty()
                 && let Some(mut ring) = vring.try_lock()
             {
                 stats.kicks.add(ring.drain_kick());
