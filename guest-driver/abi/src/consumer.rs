@@ -63,7 +63,7 @@ impl Consumer {
             region,
             owner,
             cool_after,
-            ends: core::array::from_fn(|ring| region.ring(ring).map(ReadEnd::at_head)),
+            ends: [None; MAX_RINGS],
             empty: [0; MAX_RINGS],
             turn: 0,
             scan: 0,

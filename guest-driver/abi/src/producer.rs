@@ -104,7 +104,10 @@ impl Producer {
     /// deliver is then delivered.
     pub fn register(&mut self, used_ring: u64) -> Option<Source> {
         let possible = Binding { used_ring, generation: 0 };
-        if used_ring == 0 || !used_ring.is_multiple_of(4) || Binding::from_word(possible.to_word()) != possible {
+        if used_ring == 0
+            || !used_ring.is_multiple_of(4)
+            || Binding::from_word(possible.to_word()) != possible
+        {
             return None;
         }
         let sources = self.region.geometry().sources();

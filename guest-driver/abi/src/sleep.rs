@@ -17,7 +17,7 @@ use crate::region::Region;
 
 /// The full fences of the protocol, by the store they follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fence {
+pub(crate) enum Fence {
     /// Producer: slot written, before the summary and the state are read. Partners: `Cooled`, `Leaving`.
     Pushed,
     /// Producer: summary bit set, before the state is read. Partner: `Leaving`.

@@ -29,7 +29,8 @@ impl WriteEnd {
     /// before it wrote the head. Whatever the region holds, the result is a usable end.
     pub(crate) fn claim(ring: Ring, slots: usize) -> Self {
         let head = ring.head().load(Ordering::Acquire);
-        let written = |next: &u32| Entry::from_word(ring.slot(*next).load(Ordering::Acquire)).sequence == *next;
+        let written =
+            |next: &u32| Entry::from_word(ring.slot(*next).load(Ordering::Acquire)).sequence == *next;
         let skip = (0..slots as u32).take_while(|step| written(&head.wrapping_add(*step))).count();
         let next = head.wrapping_add(skip as u32);
         ring.head().store(next, Ordering::Release);
