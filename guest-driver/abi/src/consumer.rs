@@ -83,12 +83,12 @@ impl Consumer {
         {
             return Some(completion);
         }
-        let hot = sleep::hot_rings(&self.region);
+        let mut hot = sleep::hot_rings(&self.region);
         let mut left = hot.rotate_right(self.turn);
         while left != 0 {
             let ring = (left.trailing_zeros() + self.turn) % u64::BITS;
             left &= left - 1;
-            if let Some(completion) = self.take_from(ring as usize, hot) {
+            if let Some(completion) = self.take_from(ring as usize, &mut hot) {
                 self.turn = (ring + 1) % u64::BITS;
                 return Some(completion);
             }
@@ -97,7 +97,7 @@ impl Consumer {
     }
 
     #[inline]
-    fn take_from(&mut self, ring: usize, hot: u64) -> Option<Completion> {
+    fn take_from(&mut self, ring: usize, hot: &mut u64) -> Option<Completion> {
         let sources = self.region.geometry().sources();
         let end = self.ends[ring].as_mut()?;
         // An entry whose pending word is clear was served by a scan; there are at most as many as slots.
@@ -111,8 +111,9 @@ impl Consumer {
                     }
                 }
                 Next::Empty => {
-                    if hot & (hot - 1) != 0 {
-                        self.cool(ring);
+                    // The last ring stays.
+                    if hot.count_ones() > 1 && self.has_cooled(ring) {
+                        *hot &= !(1 << ring);
                     }
                     return None;
                 }
@@ -126,16 +127,18 @@ impl Consumer {
     }
 
     /// Takes a ring out of the polled set once it has been empty for long.
-    fn cool(&mut self, ring: usize) {
+    fn has_cooled(&mut self, ring: usize) -> bool {
         self.empty[ring] += 1;
         if self.empty[ring] < self.cool_after {
-            return;
+            return false;
         }
         self.empty[ring] = 0;
         sleep::cool(&self.region, 1 << ring);
-        if self.ends[ring].is_some_and(|end| end.peek() != Next::Empty) {
+        let is_empty = self.ends[ring].is_none_or(|end| end.peek() == Next::Empty);
+        if !is_empty {
             sleep::warm(&self.region, 1 << ring);
         }
+        is_empty
     }
 
     /// Looks at every pending word of every ring once, during the next polls. For a consumer that is called

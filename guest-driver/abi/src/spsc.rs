@@ -85,13 +85,16 @@ pub(crate) enum Next {
 pub(crate) struct ReadEnd {
     ring: Ring,
     next: u32,
+    /// The head this end started at. While the head stays there, starting again would repair nothing.
+    started_at: u32,
 }
 
 impl ReadEnd {
     /// Starts at the producer's head. Every pending word must be looked at afterwards: entries before the
     /// head are not read.
     pub(crate) fn at_head(ring: Ring) -> Self {
-        Self { ring, next: ring.head().load(Ordering::Acquire) }
+        let head = ring.head().load(Ordering::Acquire);
+        Self { ring, next: head, started_at: head }
     }
 
     #[inline]
@@ -100,8 +103,13 @@ impl ReadEnd {
         match entry.sequence.wrapping_sub(self.next) as i32 {
             0 => Next::Ready(entry),
             ..0 => Next::Empty,
-            _ => Next::Gap,
+            _ => self.gap_at(self.ring.head().load(Ordering::Acquire)),
         }
+    }
+
+    /// A gap, once a head: a ring damaged for good must not keep its consumer from sleeping.
+    fn gap_at(&self, head: u32) -> Next {
+        if head == self.started_at { Next::Empty } else { Next::Gap }
     }
 
     /// Leaves the entry that `peek` showed behind.
@@ -113,9 +121,9 @@ impl ReadEnd {
     /// As `peek`, and an empty slot counts only where the producer writes next. The head is read first: were it
     /// past this end, its slot could no longer be empty. It may be one behind, as the slot is written before it.
     pub(crate) fn peek_in_step(&self) -> Next {
-        let ahead_of_head = self.next.wrapping_sub(self.ring.head().load(Ordering::Acquire));
+        let head = self.ring.head().load(Ordering::Acquire);
         match self.peek() {
-            Next::Empty if ahead_of_head > 1 => Next::Gap,
+            Next::Empty if self.next.wrapping_sub(head) > 1 => self.gap_at(head),
             next => next,
         }
     }
