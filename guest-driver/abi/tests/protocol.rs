@@ -1,6 +1,6 @@
 //! The situations a producer and a consumer meet, one after the other in one thread.
-#![allow(dead_code, unreachable_pub, reason = "the memory has more to offer")]
 
+#[allow(dead_code, reason = "the memory has more to offer")]
 mod memory;
 
 use std::iter::from_fn;
