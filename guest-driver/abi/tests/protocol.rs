@@ -208,7 +208,6 @@ fn sequences_wrap() {
 fn a_successor_continues_the_ring_and_old_entries_name_a_generation_that_is_gone() {
     let (_memory, region, mut killed, [a, _], mut consumer) = pair();
     assert_eq!(killed.push(a, 0), Push::Queued);
-    drop(killed);
     let mut producer = Producer::claim(region, 0).unwrap();
     let old = consumer.poll().unwrap();
     assert_eq!(consumer.binding(old), None);

@@ -235,7 +235,6 @@ fn a_successor_delivers_what_a_killed_producer_announced() {
             // Killed between the pending word and the slot.
             guest.used[0].store(1, Relaxed);
             assert!(!killed.announce(0));
-            drop(killed);
             let mut producer = Producer::claim(region, 0).unwrap();
             let source = producer.register(0x1000).unwrap();
             let _ = guest.complete(&mut producer, source, 0, 1);
