@@ -44,8 +44,9 @@
 struct ivcpu_completion {
 	uint32_t ring;
 	uint32_t source;
-	/* Of the source's binding when it was announced. */
+	/* Of the source's binding: a virtqueue kept for this source is the same while both are. */
 	uint32_t generation;
+	uint64_t used_ring;	/* guest-physical address, not 0 */
 };
 
 enum ivcpu_sleep {
@@ -90,10 +91,23 @@ static inline uint32_t ivcpu_head(const struct ivcpu_consumer *c, uint32_t ring)
 	return IVCPU_LOAD32(ivcpu_word(c, ivcpu_ring(ring) + IVCPU_RING_HEAD_AT));
 }
 
-/* Takes what is announced for the source: cleared before the used ring is read. */
-static inline bool ivcpu_take(const struct ivcpu_consumer *c, uint32_t ring, uint32_t source)
+/*
+ * Takes what is announced for the source, if anything is: the pending word is cleared before the used ring is
+ * read. The binding is read after that, because the announcement may be newer than the entry that led here.
+ */
+static inline bool ivcpu_take(const struct ivcpu_consumer *c, uint32_t ring, uint32_t source,
+			      struct ivcpu_completion *out)
 {
-	return IVCPU_SWAP32(ivcpu_word(c, ivcpu_ring(ring) + IVCPU_RING_PENDING_AT + 4 * source), 0u) != 0;
+	uint64_t binding;
+
+	if (!IVCPU_SWAP32(ivcpu_word(c, ivcpu_ring(ring) + IVCPU_RING_PENDING_AT + 4 * source), 0u))
+		return false;
+	binding = IVCPU_LOAD64(ivcpu_long(c, ivcpu_ring(ring) + IVCPU_RING_DIRECTORY_AT + 8 * source));
+	out->ring = ring;
+	out->source = source;
+	out->generation = (uint32_t)(binding >> IVCPU_BINDING_GENERATION_SHIFT);
+	out->used_ring = binding & IVCPU_BINDING_ADDRESS_MASK;
+	return out->used_ring != 0;
 }
 
 /* Publishes the state with the next epoch; anything but "awake" is fenced against what is looked at next. */
@@ -178,24 +192,6 @@ static inline void ivcpu_attach(struct ivcpu_consumer *c, volatile void *base, u
 	c->rescans = 0;
 }
 
-/* The source's directory word: guest-physical address of the used ring below, generation above. */
-static inline uint64_t ivcpu_binding_word(const struct ivcpu_consumer *c, uint32_t ring, uint32_t source)
-{
-	return IVCPU_LOAD64(ivcpu_long(c, ivcpu_ring(ring) + IVCPU_RING_DIRECTORY_AT + 8 * source));
-}
-
-/*
- * Guest-physical address of the used ring of a completion's virtqueue; 0 if the source was unregistered or
- * registered anew since, in which case the completion can be dropped.
- */
-static inline uint64_t ivcpu_used_ring(const struct ivcpu_consumer *c, const struct ivcpu_completion *of)
-{
-	uint64_t word = ivcpu_binding_word(c, of->ring, of->source);
-
-	return (uint32_t)(word >> IVCPU_BINDING_GENERATION_SHIFT) == of->generation ?
-		word & IVCPU_BINDING_ADDRESS_MASK : 0;
-}
-
 /* Goes on looking at pending words. */
 static inline bool ivcpu_scan(struct ivcpu_consumer *c, struct ivcpu_completion *out)
 {
@@ -205,14 +201,9 @@ static inline bool ivcpu_scan(struct ivcpu_consumer *c, struct ivcpu_completion 
 		while (c->scan_at < c->sources) {
 			uint32_t source = c->scan_at++;
 
-			if (!IVCPU_LOAD32(ivcpu_word(c, ivcpu_ring(ring) + IVCPU_RING_PENDING_AT + 4 * source)) ||
-			    !ivcpu_take(c, ring, source))
-				continue;
-			out->ring = ring;
-			out->source = source;
-			out->generation = (uint32_t)(ivcpu_binding_word(c, ring, source) >>
-						     IVCPU_BINDING_GENERATION_SHIFT);
-			return true;
+			if (IVCPU_LOAD32(ivcpu_word(c, ivcpu_ring(ring) + IVCPU_RING_PENDING_AT + 4 * source)) &&
+			    ivcpu_take(c, ring, source, out))
+				return true;
 		}
 		c->scan &= c->scan - 1;
 		c->scan_at = 0;
@@ -251,9 +242,13 @@ static inline bool ivcpu_take_from(struct ivcpu_consumer *c, uint32_t ring, uint
 {
 	uint32_t entries;
 
-	/* An entry whose pending word is clear was served by a scan; there are at most as many as slots. */
+	/*
+	 * An entry whose pending word is clear was served before, one whose source is free is dropped; there are
+	 * at most as many as slots.
+	 */
 	for (entries = 0; entries < c->sources; entries++) {
 		uint64_t entry = ivcpu_slot(c, ring);
+		uint32_t source = (uint32_t)entry;
 		int32_t distance = ivcpu_distance(c, ring, entry);
 
 		if (distance > 0 && ivcpu_head(c, ring) != c->started_at[ring]) {
@@ -268,10 +263,7 @@ static inline bool ivcpu_take_from(struct ivcpu_consumer *c, uint32_t ring, uint
 		}
 		c->next[ring]++;
 		c->empty[ring] = 0;
-		out->ring = ring;
-		out->source = entry & 0xffff;
-		out->generation = (entry >> IVCPU_ENTRY_GENERATION_SHIFT) & 0xffff;
-		if (out->source < c->sources && ivcpu_take(c, ring, out->source))
+		if (source < c->sources && ivcpu_take(c, ring, source, out))
 			return true;
 	}
 	return false;

@@ -74,8 +74,6 @@
 #define IVCPU_GENERATION_MASK 0xfffu
 /* Entry word: lowest bit of the sequence. */
 #define IVCPU_ENTRY_SEQUENCE_SHIFT 0x20u
-/* Entry word: lowest bit of the generation. */
-#define IVCPU_ENTRY_GENERATION_SHIFT 0x10u
 /* Sequence of the first entry ever written to a ring, so that a zeroed slot is an old one. */
 #define IVCPU_FIRST_SEQUENCE 0x1u
 

@@ -17,9 +17,9 @@ pub struct Completion {
     /// The ring it came from.
     pub ring: usize,
     /// The source within that ring.
-    pub source: u16,
-    /// The source's binding when it was announced. Compare with that of a cached [`Consumer::binding`].
-    pub generation: u16,
+    pub source: u32,
+    /// The virtqueue the source stands for. One kept for this source is still the same if the binding is.
+    pub binding: Binding,
 }
 
 /// What to do after [`Consumer::prepare_sleep`].
@@ -47,7 +47,7 @@ pub struct Consumer {
     turn: u32,
     /// Rings whose pending words are being looked at, the lowest one from source `scan_at` on.
     scan: u64,
-    scan_at: u16,
+    scan_at: u32,
     rescans: u64,
 }
 
@@ -100,14 +100,17 @@ impl Consumer {
     fn take_from(&mut self, ring: usize, hot: &mut u64) -> Option<Completion> {
         let sources = self.region.geometry().sources();
         let end = self.ends[ring].as_mut()?;
-        // An entry whose pending word is clear was served by a scan; there are at most as many as slots.
+        // An entry whose pending word is clear was served before, one whose source is free is dropped; there are at most as many as slots.
         for _ in 0..sources {
             match end.peek() {
                 Next::Ready(entry) => {
                     end.advance();
                     self.empty[ring] = 0;
-                    if usize::from(entry.source) < sources && end.take(entry.source) {
-                        return Some(Completion { ring, source: entry.source, generation: entry.generation });
+                    let source = entry.source;
+                    if (source as usize) < sources
+                        && let Some(binding) = end.take(source)
+                    {
+                        return Some(Completion { ring, source, binding });
                     }
                 }
                 Next::Empty => {
@@ -160,12 +163,11 @@ impl Consumer {
         while self.scan != 0 {
             let ring = self.scan.trailing_zeros() as usize;
             if let Some(end) = self.ends[ring] {
-                while usize::from(self.scan_at) < self.region.geometry().sources() {
+                while (self.scan_at as usize) < self.region.geometry().sources() {
                     let source = self.scan_at;
                     self.scan_at += 1;
-                    if end.take_if_announced(source) {
-                        let generation = end.binding(source).generation;
-                        return Some(Completion { ring, source, generation });
+                    if let Some(binding) = end.take_if_announced(source) {
+                        return Some(Completion { ring, source, binding });
                     }
                 }
             }
@@ -178,13 +180,6 @@ impl Consumer {
     /// How often the pending words of a ring were looked at because its entries made no sense, or by `rescan`.
     pub fn rescans(&self) -> u64 {
         self.rescans
-    }
-
-    /// The virtqueue of a completion's source as it is now; `None` if it was unregistered or registered anew
-    /// since, in which case the completion can be dropped.
-    pub fn binding(&self, of: Completion) -> Option<Binding> {
-        let binding = self.ends.get(of.ring)?.as_ref()?.binding(of.source);
-        (binding.used_ring != 0 && binding.generation == of.generation).then_some(binding)
     }
 
     /// Whether the host asks to sleep at once rather than to poll without work.
@@ -233,11 +228,11 @@ impl Consumer {
 
     /// Leaves the region: from now on completions come as interrupts. Those announced before are handed to
     /// `last`.
-    pub fn detach(mut self, mut last: impl FnMut(&Self, Completion)) {
+    pub fn detach(mut self, mut last: impl FnMut(Completion)) {
         sleep::publish(&self.region, State::Absent);
         self.rescan();
         while let Some(completion) = self.scan() {
-            last(&self, completion);
+            last(completion);
         }
     }
 }

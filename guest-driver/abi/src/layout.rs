@@ -80,8 +80,6 @@ pub const GENERATION_MASK: u16 = 0xfff;
 
 /// Entry word: lowest bit of the sequence.
 pub const ENTRY_SEQUENCE_SHIFT: u32 = 32;
-/// Entry word: lowest bit of the generation.
-pub const ENTRY_GENERATION_SHIFT: u32 = 16;
 
 /// Sequence of the first entry ever written to a ring, so that a zeroed slot is an old one.
 pub const FIRST_SEQUENCE: u32 = 1;
@@ -213,27 +211,19 @@ impl Binding {
 pub struct Entry {
     /// Position in the ring's endless stream; the slot is the sequence modulo the number of slots.
     pub sequence: u32,
-    /// Generation of the source's binding when the entry was written.
-    pub generation: u16,
     /// The source, below the ring's number of sources.
-    pub source: u16,
+    pub source: u32,
 }
 
 impl Entry {
     /// Unpacks a slot's word.
     pub const fn from_word(word: u64) -> Self {
-        Self {
-            sequence: (word >> ENTRY_SEQUENCE_SHIFT) as u32,
-            generation: (word >> ENTRY_GENERATION_SHIFT) as u16,
-            source: word as u16,
-        }
+        Self { sequence: (word >> ENTRY_SEQUENCE_SHIFT) as u32, source: word as u32 }
     }
 
     /// Packs a slot's word.
     pub const fn to_word(self) -> u64 {
-        (self.sequence as u64) << ENTRY_SEQUENCE_SHIFT
-            | (self.generation as u64) << ENTRY_GENERATION_SHIFT
-            | self.source as u64
+        (self.sequence as u64) << ENTRY_SEQUENCE_SHIFT | self.source as u64
     }
 }
 
@@ -253,8 +243,8 @@ mod tests {
 
     #[test]
     fn words_pack_and_unpack() {
-        let entry = Entry { sequence: 0xfedc_ba98, generation: 0xabc, source: 0xff };
-        assert_eq!(entry.to_word(), 0xfedc_ba98_0abc_00ff);
+        let entry = Entry { sequence: 0xfedc_ba98, source: 0xff };
+        assert_eq!(entry.to_word(), 0xfedc_ba98_0000_00ff);
         assert_eq!(Entry::from_word(entry.to_word()), entry);
         let binding = Binding { used_ring: 0xf_ffff_ffff_fffc, generation: 0xabc };
         assert_eq!(binding.to_word(), 0xabcf_ffff_ffff_fffc);

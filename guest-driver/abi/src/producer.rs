@@ -117,7 +117,7 @@ impl Producer {
         Some(source)
     }
 
-    /// Forgets a virtqueue. Entries still in the ring name a generation that no longer exists.
+    /// Forgets a virtqueue. The consumer drops what is still announced for it.
     pub fn unregister(&mut self, source: Source) {
         self.rebind(source, 0);
     }
@@ -151,7 +151,7 @@ impl Producer {
         }
         slip.queued = true;
         slip.overdue = false;
-        self.end.write(source.0, slip.generation);
+        self.end.write(source.0);
         let reason = match sleep::after_push(&self.region, self.bit) {
             State::Awake => {
                 self.watch.start(source.0, now);

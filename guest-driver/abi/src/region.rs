@@ -227,12 +227,12 @@ impl Ring {
     }
 
     #[inline]
-    pub(crate) fn pending(&self, source: u16) -> &AtomicU32 {
+    pub(crate) fn pending(&self, source: u32) -> &AtomicU32 {
         self.region.u32(self.offset + RING_PENDING_AT + 4 * self.wrap(source as usize))
     }
 
     #[inline]
-    pub(crate) fn binding(&self, source: u16) -> &AtomicU64 {
+    pub(crate) fn binding(&self, source: u32) -> &AtomicU64 {
         self.region.u64(self.offset + RING_DIRECTORY_AT + 8 * self.wrap(source as usize))
     }
 

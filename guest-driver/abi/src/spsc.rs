@@ -52,8 +52,8 @@ impl WriteEnd {
     /// Writes the next entry. The head follows the slot: a consumer that reads the head finds the pending word
     /// of every entry before it set, or already cleared by itself.
     #[inline]
-    pub(crate) fn write(&mut self, source: u8, generation: u16) {
-        let entry = Entry { sequence: self.next, generation, source: source.into() };
+    pub(crate) fn write(&mut self, source: u8) {
+        let entry = Entry { sequence: self.next, source: source.into() };
         self.ring.slot(self.next).store(entry.to_word(), Ordering::Release);
         self.next = self.next.wrapping_add(1);
         self.ring.head().store(self.next, Ordering::Release);
@@ -128,18 +128,19 @@ impl ReadEnd {
         }
     }
 
-    /// Takes what is announced for the source, if anything is. Acquire: see [`WriteEnd::announce`].
+    /// Takes what is announced for the source, if anything is, and says for which virtqueue: the one bound now,
+    /// because the announcement may be newer than the entry that led here. Acquire: see [`WriteEnd::announce`].
     #[inline]
-    pub(crate) fn take(&self, source: u16) -> bool {
-        self.ring.pending(source).swap(0, Ordering::AcqRel) != 0
+    pub(crate) fn take(&self, source: u32) -> Option<Binding> {
+        if self.ring.pending(source).swap(0, Ordering::AcqRel) == 0 {
+            return None;
+        }
+        let binding = Binding::from_word(self.ring.binding(source).load(Ordering::Acquire));
+        (binding.used_ring != 0).then_some(binding)
     }
 
     /// As `take`, without writing to words that are not set.
-    pub(crate) fn take_if_announced(&self, source: u16) -> bool {
-        self.ring.pending(source).load(Ordering::Relaxed) != 0 && self.take(source)
-    }
-
-    pub(crate) fn binding(&self, source: u16) -> Binding {
-        Binding::from_word(self.ring.binding(source).load(Ordering::Acquire))
+    pub(crate) fn take_if_announced(&self, source: u32) -> Option<Binding> {
+        if self.ring.pending(source).load(Ordering::Relaxed) == 0 { None } else { self.take(source) }
     }
 }

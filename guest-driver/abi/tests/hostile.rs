@@ -104,7 +104,12 @@ proptest! {
             }
         }
 
-        // The guest behaves from now on: a consumer attaches, and is called when it sleeps or is found slow.
+        // The guest behaves from now on: it puts the addresses back that no producer writes again, a consumer
+        // attaches, and is called when it sleeps or is found slow.
+        for source in sources {
+            let at = layout::HEADER_SIZE + layout::RING_DIRECTORY_AT + 8 * source.index();
+            memory.word(at).store(0x1000, Relaxed);
+        }
         let mut consumer = Consumer::attach(region, 2, 2);
         let mut waiting = Vec::from(sources);
         for source in sources {
@@ -115,7 +120,7 @@ proptest! {
         for _ in 0..4 {
             for _ in 0..100 {
                 if let Some(completion) = consumer.poll() {
-                    waiting.retain(|source| source.index() != usize::from(completion.source));
+                    waiting.retain(|source| source.index() != completion.source as usize);
                 }
             }
             now += 1000;

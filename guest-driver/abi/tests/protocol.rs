@@ -23,12 +23,12 @@ fn pair<const N: usize>() -> (Memory, Region, Producer, [Source; N], Consumer) {
     (memory, region, producer, sources, consumer)
 }
 
-fn drain(consumer: &mut Consumer) -> Vec<u16> {
+fn drain(consumer: &mut Consumer) -> Vec<u32> {
     from_fn(|| consumer.poll()).map(|completion| completion.source).collect()
 }
 
 /// What a consumer takes until it may sleep.
-fn until_sleep(consumer: &mut Consumer) -> Vec<u16> {
+fn until_sleep(consumer: &mut Consumer) -> Vec<u32> {
     let mut got = drain(consumer);
     while consumer.prepare_sleep() == Sleep::NotYet {
         got.extend(drain(consumer));
@@ -46,7 +46,7 @@ fn a_completion_names_its_used_ring() {
     let (_memory, _, mut producer, [_, b], mut consumer) = pair();
     assert_eq!(producer.push(b, 0), Push::Queued);
     let completion = consumer.poll().unwrap();
-    assert_eq!(consumer.binding(completion).unwrap().used_ring, 0x2000);
+    assert_eq!(completion.binding.used_ring, 0x2000);
     assert_eq!(consumer.poll(), None);
 }
 
@@ -104,7 +104,7 @@ fn a_sleeping_consumer_is_called_and_an_absent_one_always() {
 
     assert_eq!(producer.push(b, 0), Push::Queued);
     let mut last = Vec::new();
-    consumer.detach(|_, completion| last.push(completion.source));
+    consumer.detach(|completion| last.push(completion.source));
     assert_eq!(last, [1]);
     for _ in 0..3 {
         assert_eq!(producer.push(a, 0), Push::Signal(Reason::Absent));
@@ -204,18 +204,53 @@ fn sequences_wrap() {
     }
 }
 
-#[test]
-fn a_successor_continues_the_ring_and_old_entries_name_a_generation_that_is_gone() {
-    let (_memory, region, mut killed, [a, _], mut consumer) = pair();
+/// Where the ring's last producer was killed: after which of its stores.
+fn successor_after(killed_after: impl Fn(&Memory, u32)) {
+    let (memory, region, mut killed, [a], mut consumer) = pair();
+    let before = memory.word(layout::HEADER_SIZE + layout::RING_HEAD_AT).load(Relaxed);
     assert_eq!(killed.push(a, 0), Push::Queued);
+    killed_after(&memory, before);
     let mut producer = Producer::claim(region, 0).unwrap();
-    let old = consumer.poll().unwrap();
-    assert_eq!(consumer.binding(old), None);
     let source = producer.register(0x7000).unwrap();
-    assert_eq!(producer.push(source, 0), Push::Queued);
-    let new = consumer.poll().unwrap();
-    assert_eq!(consumer.binding(new).unwrap().used_ring, 0x7000);
+    for _ in 0..10 {
+        assert_eq!(producer.push(source, 0), Push::Queued);
+        let used_rings: Vec<_> = from_fn(|| consumer.poll()).map(|one| one.binding.used_ring).collect();
+        assert_eq!(used_rings, [0x7000]);
+    }
     assert_eq!(consumer.rescans(), 0);
+}
+
+#[test]
+fn a_successor_continues_after_a_complete_entry() {
+    successor_after(|_, _| {});
+}
+
+#[test]
+fn a_successor_continues_after_a_slot_without_its_head() {
+    successor_after(|memory, before| {
+        memory.word(layout::HEADER_SIZE + layout::RING_HEAD_AT).store(before, Relaxed);
+    });
+}
+
+#[test]
+fn a_successor_continues_after_a_pending_word_without_its_slot() {
+    successor_after(|memory, before| {
+        memory.word(layout::HEADER_SIZE + layout::RING_HEAD_AT).store(before, Relaxed);
+        let slot = layout::HEADER_SIZE + layout::RING_SLOTS_AT + 8 * (before as usize % 4);
+        memory.word(slot + 4).store(0, Relaxed);
+    });
+}
+
+#[test]
+fn completions_of_a_source_unregistered_since_are_dropped() {
+    let (_memory, _, mut producer, [a, b], mut consumer) = pair();
+    let _ = (producer.push(a, 0), producer.push(b, 0));
+    producer.unregister(a);
+    assert_eq!(drain(&mut consumer), [1]);
+    let again = producer.register(0x1000).unwrap();
+    assert_eq!(producer.push(again, 0), Push::Queued);
+    let completion = consumer.poll().unwrap();
+    assert_eq!((completion.source, completion.binding.generation), (0, 3), "a kept virtqueue is out of date");
 }
 
 #[test]

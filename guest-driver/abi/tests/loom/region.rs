@@ -87,11 +87,11 @@ impl Ring {
         &self.0.head
     }
 
-    pub(crate) fn pending(&self, source: u16) -> &AtomicU32 {
+    pub(crate) fn pending(&self, source: u32) -> &AtomicU32 {
         &self.0.pending[source as usize % self.0.pending.len()]
     }
 
-    pub(crate) fn binding(&self, source: u16) -> &AtomicU64 {
+    pub(crate) fn binding(&self, source: u32) -> &AtomicU64 {
         &self.0.bindings[source as usize % self.0.bindings.len()]
     }
 
