@@ -17,6 +17,7 @@
 #define IVCPU_CONSUMER_H
 
 #ifdef __KERNEL__
+#include <linux/stddef.h>
 #include <linux/types.h>
 #else
 #include <stdbool.h>

@@ -229,7 +229,7 @@ fn a_full_ring_does_not_overflow() {
 fn killed_producer(wrote_its_slot: bool) {
     check(3, move || {
         let region = Region::new(Geometry::new(1, 1).unwrap(), None);
-        let guest = Guest::new(1);
+        let guest = Guest::new(2);
         let mut killed = Producer::claim(region, 0).unwrap();
         let source = killed.register(0x1000).unwrap();
         let mut consumer = Consumer::attach(region, 1, 1);
@@ -242,9 +242,9 @@ fn killed_producer(wrote_its_slot: bool) {
         let pushing = spawn(move || {
             let mut producer = Producer::claim(region, 0).unwrap();
             let source = producer.register(0x2000).unwrap();
-            let _ = guest.complete(&mut producer, source, 0, 1);
+            let _ = guest.complete(&mut producer, source, 1, 1);
         });
-        guest.consume(&mut consumer, &[1], |_| 0);
+        guest.consume(&mut consumer, &[0, 1], |completion| (completion.binding.used_ring == 0x2000).into());
         pushing.join().unwrap();
     });
 }
