@@ -3,7 +3,7 @@
 //! One thread sends, one receives, each pinned to its core. A sender waits until the last completion has been
 //! received, pauses, notes the time, and sends; the receiver notes the time at which it has it. Beside each
 //! other in one run: a bare cache line, the FIFO with its consumer awake and asleep, eventfd with epoll and with
-//! a blocking read. Ways are measured in turn, several times, and the median of the runs' percentiles counts.
+//! a blocking read. Ways are measured in turn, several times; medians over the runs count.
 
 #[allow(dead_code, reason = "the memory has more to offer")]
 #[path = "../tests/memory/mod.rs"]
@@ -11,6 +11,7 @@ mod memory;
 
 use std::hint::black_box;
 use std::os::fd::AsRawFd;
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -23,7 +24,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use memory::Memory;
 
-const RUNS: usize = 5;
+const RUNS: usize = 9;
 
 /// A word alone on its pair of cache lines.
 #[repr(align(128))]
@@ -64,6 +65,30 @@ fn pin(cpu: usize) {
     sched_setaffinity(Pid::from_raw(0), &set).expect("a CPU of the affinity mask can be used");
 }
 
+/// Runs both at a time, each on its CPU.
+fn on_two_cpus<S: Send, R: Send>(
+    cpus: [usize; 2],
+    sender: impl FnOnce() -> S + Send,
+    receiver: impl FnOnce() -> R + Send,
+) -> (S, R) {
+    let both_are_there = Barrier::new(2);
+    let start = |cpu| {
+        pin(cpu);
+        both_are_there.wait();
+    };
+    thread::scope(|scope| {
+        let receiver = scope.spawn(|| {
+            start(cpus[1]);
+            receiver()
+        });
+        let sender = scope.spawn(|| {
+            start(cpus[0]);
+            sender()
+        });
+        (sender.join().expect("the sender ends"), receiver.join().expect("the receiver ends"))
+    })
+}
+
 /// Percentiles of one run, ticks.
 #[derive(Clone, Copy, Default)]
 struct Figures {
@@ -86,18 +111,16 @@ fn measure(
     mut receive: impl FnMut() + Send,
 ) -> Figures {
     let received = Line::default();
-    let (sent_at, sending, received_at) = thread::scope(|scope| {
-        let receiver = scope.spawn(|| {
-            pin(cpus[1]);
-            let mut at = Vec::with_capacity(samples);
-            for count in 1..=samples as u64 {
-                receive();
-                at.push(ticks());
-                received.0.store(count, Ordering::Release);
-            }
-            at
-        });
-        pin(cpus[0]);
+    let receiver = || {
+        let mut at = Vec::with_capacity(samples);
+        for count in 1..=samples as u64 {
+            receive();
+            at.push(ticks());
+            received.0.store(count, Ordering::Release);
+        }
+        at
+    };
+    let sender = || {
         let (mut at, mut took) = (Vec::with_capacity(samples), Vec::with_capacity(samples));
         let mut random = 1u64;
         for count in 0..samples as u64 {
@@ -110,9 +133,10 @@ fn measure(
             took.push(ticks() - start);
             at.push(start);
         }
-        (at, took, receiver.join().expect("the receiver ends"))
-    });
-    // A few thousand to warm up.
+        (at, took)
+    };
+    let ((sent_at, sending), received_at) = on_two_cpus(cpus, sender, receiver);
+    // The first tenth warms up.
     let warm = samples / 10;
     let delivery =
         received_at.iter().zip(&sent_at).skip(warm).map(|(to, from)| to.saturating_sub(*from)).collect();
@@ -123,7 +147,13 @@ fn measure(
 fn fifo(sources: usize) -> (Memory, Producer, Vec<Source>, Consumer) {
     let (memory, region) = Memory::with_region(Geometry::DEFAULT);
     let (producer, sources) = producer(region, 0, sources);
-    (memory, producer, sources, Consumer::attach(region, 1, 64))
+    let mut consumer = Consumer::attach(region, 1, 64);
+    assert_eq!(
+        consumer.poll(),
+        None,
+        "a new region is empty, and this was the look at all its pending words"
+    );
+    (memory, producer, sources, consumer)
 }
 
 fn producer(region: Region, ring: usize, sources: usize) -> (Producer, Vec<Source>) {
@@ -143,14 +173,16 @@ fn cache_line(cpus: [usize; 2]) -> Figures {
         seen += 1;
         while line.0.load(Ordering::Acquire) != seen {}
     };
-    measure(cpus, 50_000, 1_000, send, receive)
+    measure(cpus, 5_000, 1_000, send, receive)
 }
 
 fn fifo_awake(cpus: [usize; 2]) -> Figures {
     let (_memory, mut producer, sources, mut consumer) = fifo(1);
-    let send = || assert_eq!(producer.push(sources[0], 0), Push::Queued);
+    let send = || {
+        let _ = black_box(producer.push(sources[0], 0));
+    };
     let receive = || while black_box(consumer.poll()).is_none() {};
-    measure(cpus, 50_000, 1_000, send, receive)
+    measure(cpus, 5_000, 1_000, send, receive)
 }
 
 const SLEEP_PAUSE: u64 = 60_000;
@@ -171,7 +203,7 @@ fn fifo_asleep(cpus: [usize; 2]) -> Figures {
             }
         }
     };
-    measure(cpus, 3_000, SLEEP_PAUSE, send, receive)
+    measure(cpus, 400, SLEEP_PAUSE, send, receive)
 }
 
 fn eventfd_epoll(cpus: [usize; 2]) -> Figures {
@@ -184,7 +216,7 @@ fn eventfd_epoll(cpus: [usize; 2]) -> Figures {
         epoll.wait(-1, &mut [EpollEvent::default()]).expect("epoll waits");
         call.read().expect("the call is read");
     };
-    measure(cpus, 3_000, SLEEP_PAUSE, send, receive)
+    measure(cpus, 400, SLEEP_PAUSE, send, receive)
 }
 
 fn eventfd_read(cpus: [usize; 2]) -> Figures {
@@ -193,40 +225,39 @@ fn eventfd_read(cpus: [usize; 2]) -> Figures {
     let receive = || {
         call.read().expect("the call is read");
     };
-    measure(cpus, 3_000, SLEEP_PAUSE, send, receive)
+    measure(cpus, 400, SLEEP_PAUSE, send, receive)
 }
 
-/// Ticks a completion costs both sides together when `sources` are pushed as fast as they can be.
-fn stream(cpus: [usize; 2], sources: usize) -> f64 {
-    let (_memory, mut producer, sources, mut consumer) = fifo(sources);
-    let pushes = 400_000;
-    let done = Line::default();
-    let delivered = thread::scope(|scope| {
-        let receiver = scope.spawn(|| {
-            pin(cpus[1]);
-            let mut delivered = 0u64;
-            loop {
-                let last = done.0.load(Ordering::Acquire) != 0;
-                match consumer.poll() {
-                    Some(_) => delivered += 1,
-                    None if last => return delivered,
-                    None => {}
-                }
+/// Ticks from one completion to the next when they stream: 64 sources in turn, at most 32 not yet received, so
+/// that none is merged. Both cores are busy all that time.
+fn stream(cpus: [usize; 2]) -> f64 {
+    const COMPLETIONS: u64 = 20_000;
+    let (_memory, mut producer, sources, mut consumer) = fifo(64);
+    let (received, done) = (Line::default(), Line::default());
+    let receiver = || {
+        let mut count = 0;
+        while done.0.load(Ordering::Acquire) == 0 {
+            if consumer.poll().is_some() {
+                count += 1;
+                received.0.store(count, Ordering::Release);
             }
-        });
-        pin(cpus[0]);
-        let start = ticks();
-        let mut queued = 0u64;
-        for source in sources.iter().cycle().take(pushes) {
-            queued += u64::from(producer.push(*source, 0) == Push::Queued);
         }
+    };
+    let sender = || {
+        let start = ticks();
+        let mut merged = 0;
+        for (count, source) in (0..COMPLETIONS).zip(sources.iter().cycle()) {
+            while count - merged - received.0.load(Ordering::Acquire) >= 32 {}
+            merged += u64::from(producer.push(*source, 0) != Push::Queued);
+        }
+        while received.0.load(Ordering::Acquire) < COMPLETIONS - merged {}
         let took = ticks() - start;
         done.0.store(1, Ordering::Release);
-        (took, queued, receiver.join().expect("the receiver ends"))
-    });
-    let (took, queued, received) = delivered;
-    assert_eq!(queued, received, "every entry is handed out once");
-    took as f64 / pushes as f64
+        (took, merged)
+    };
+    let ((took, merged), ()) = on_two_cpus(cpus, sender, receiver);
+    assert_eq!(merged, 0, "completions of sources already received were merged");
+    took as f64 / COMPLETIONS as f64
 }
 
 /// Ticks one poll takes that finds nothing, beside idle sources in rings: `[(rings, sources of each)]`. Measured
@@ -281,35 +312,36 @@ fn main() {
         ("eventfd, read", eventfd_read),
     ];
     let mut runs = [const { Vec::new() }; 5];
-    let mut streams = [const { Vec::new() }; 2];
+    let mut streams = Vec::new();
     for _ in 0..RUNS {
         for (way, figures) in ways.iter().zip(&mut runs) {
             figures.push(way.1(cpus));
         }
-        streams[0].push(stream(cpus, 1));
-        streams[1].push(stream(cpus, 64));
+        streams.push(stream(cpus));
     }
     println!("completion delivery from CPU {} to CPU {}, ns, medians of {RUNS} runs", cpus[0], cpus[1]);
     println!("{:16}{:>10}{:>10}{:>10}{:>10}", "way", "p50", "p99", "p99.9", "sending");
-    let mut p50 = Vec::new();
     for ((name, _), figures) in ways.iter().zip(&runs) {
         let of = |pick: &dyn Fn(&Figures) -> f64| tick * median(figures.iter().map(pick).collect());
         let [half, most, nearly_all] = [0, 1, 2].map(|at| of(&|figures| figures.delivery[at]));
         println!("{name:16}{half:10.0}{most:10.0}{nearly_all:10.0}{:10.0}", of(&|figures| figures.sending));
-        p50.push(half);
     }
-    let [one, many] = streams.map(|of| tick * median(of));
-    println!("a push in a stream: {one:.1} ns with 1 source, {many:.1} ns with 64");
+    println!("a completion in a stream: {:.1} ns", tick * median(streams));
     let [alone, full, spread] = idle_polls([(1, 1), (1, 256), (16, 16)]);
     println!("a poll without work: {:.2} ns with 1 source", tick * alone);
+    // Of neighbours in time: what a cache line costs changes when a hypervisor moves the CPUs.
+    let ratio = |way: usize, to: usize| {
+        let p50 = |run: &Figures| run.delivery[0];
+        median(runs[way].iter().zip(&runs[to]).map(|(way, to)| p50(way) / p50(to)).collect())
+    };
     println!(
         "delivery: FIFO awake = {:.2} x the cache line; eventfd = {:.1} x (epoll), {:.1} x (read) FIFO awake; \
          FIFO asleep = {:.2} x eventfd read; idle poll with 256 sources = {:.2} x (1 ring), {:.2} x (16 rings) \
          that with 1",
-        p50[1] / p50[0],
-        p50[3] / p50[1],
-        p50[4] / p50[1],
-        p50[2] / p50[4],
+        ratio(1, 0),
+        ratio(3, 1),
+        ratio(4, 1),
+        ratio(2, 4),
         full / alone,
         spread / alone,
     );
