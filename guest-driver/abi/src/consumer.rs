@@ -100,7 +100,8 @@ impl Consumer {
     fn take_from(&mut self, ring: usize, hot: &mut u64) -> Option<Completion> {
         let sources = self.region.geometry().sources();
         let end = self.ends[ring].as_mut()?;
-        // An entry whose pending word is clear was served before, one whose source is free is dropped; there are at most as many as slots.
+        // An entry whose pending word is clear was served before, one whose source is free is dropped; there are
+        // at most as many as slots.
         for _ in 0..sources {
             match end.peek() {
                 Next::Ready(entry) => {

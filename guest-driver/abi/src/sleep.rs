@@ -12,7 +12,7 @@
 
 use core::sync::atomic::Ordering;
 
-use crate::layout::State;
+use crate::layout::{MAX_RINGS, State};
 use crate::region::Region;
 
 /// The full fences of the protocol, by the store they follow.
@@ -42,10 +42,10 @@ pub(crate) fn after_push(region: &Region, ring: u64) -> State {
     State::from_word(region.state().load(Ordering::Relaxed))
 }
 
-/// Consumer: the rings to look at. Acquire: whoever sees a bit sees the entry it was set for.
+/// Consumer: the rings to look at, among those there are. Acquire: whoever sees a bit sees the entry it was set for.
 #[inline]
 pub(crate) fn hot_rings(region: &Region) -> u64 {
-    region.summary().load(Ordering::Acquire)
+    region.summary().load(Ordering::Acquire) & (u64::MAX >> (MAX_RINGS - region.geometry().rings()))
 }
 
 /// Consumer: stops looking at a ring. Look at it once more now, and [`warm`] it if it holds something.

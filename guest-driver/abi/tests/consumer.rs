@@ -1,6 +1,7 @@
 //! The C consumer, compiled and fed by the Rust producer: another process, another language, one region.
 //!
-//! It sleeps and is woken 100,000 times, with random pauses; `IVCPU_SLEEP_RACES` in the environment asks for another number.
+//! It sleeps and is woken 100,000 times, with random pauses; `IVCPU_SLEEP_RACES` in the environment asks for
+//! another number.
 
 #[allow(dead_code, reason = "the memory has more to offer")]
 mod memory;
