@@ -63,7 +63,9 @@ fn two_queue_pairs_and_again_after_the_driver_spread_them() -> Result<()> {
 }
 
 /// Exits, not interrupts: the rows add up, kicks stay suppressed while the backend polls, and what devices cause is on
-/// the IVCPU's pCPU: whatever is net on the application's pCPUs is under 1 %, or lost in the control's own spread.
+/// the IVCPU's pCPU. What is net on the application's pCPUs is under 1 %, but for the control's own spread and for the
+/// IPIs that wake its vCPUs: each costs its receiver an exit when it arrives and one when it is acknowledged, and may
+/// cost a timer interrupt that arrives beside it the paravirtual end of interrupt.
 fn exits_are_on_the_ivcpu(host: &mut Host, setup: Setup) -> Result<()> {
     let plan = Plan { setup, workloads: vec![Workload::TcpOut, Workload::TcpIn], windows: 3, seconds: 2.0 };
     let measured = measure(host, &plan)?;

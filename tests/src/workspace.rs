@@ -78,9 +78,10 @@ impl Workspace {
         Ok(())
     }
 
-    /// Runs the workspace's test command.
+    /// Runs every test, past failures: a run that boots kernels is too long to learn of one failure at a time.
     pub fn test(&self, arguments: &[String]) -> Result<(), Error> {
-        let command = ["test", "--workspace"].into_iter().chain(arguments.iter().map(String::as_str));
+        let command =
+            ["test", "--workspace", "--no-fail-fast"].into_iter().chain(arguments.iter().map(String::as_str));
         self.cargo(command, "or running the tests")
     }
 

@@ -38,14 +38,18 @@ pub(super) fn keep_console(console: &Path) -> PathBuf {
     }
 }
 
-/// The end of what the host's kernel said; not the emulator's list, at each start, of what it does not emulate.
+/// The end of what the host's kernel said, and before it the kernel's own word on why it stands still or died; not the
+/// emulator's list, at each start, of what it does not emulate.
 pub(super) fn last_lines(console: &Path) -> String {
     let text = fs::read(console).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
     let of_interest =
         |line: &&str| !line.is_empty() && !line.contains("TCG doesn't support requested feature");
     let lines: Vec<_> = text.lines().map(str::trim).filter(of_interest).collect();
-    if lines.is_empty() { "nothing".into() } else { lines[lines.len().saturating_sub(3)..].join(" | ") }
+    let (before, end) = lines.split_at(lines.len().saturating_sub(3));
+    let reason = before.iter().rfind(|line| is_stall(line));
+    let quoted: Vec<_> = reason.into_iter().chain(end).copied().collect();
+    if quoted.is_empty() { "nothing".into() } else { quoted.join(" | ") }
 }
 
 #[cfg(test)]
@@ -78,9 +82,11 @@ mod tests {
         let warning = "qemu: warning: TCG doesn't support requested feature: CPUID.01H\n";
         fs::write(&console, format!("one\ntwo\r\n\nthree\nfour\n{warning}{warning}")).expect("written");
         assert_eq!(last_lines(&console), "two | three | four");
+        fs::write(&console, "Kernel panic - not syncing\nregisters\ncalls\nmore\nend").expect("written");
+        assert_eq!(last_lines(&console), "Kernel panic - not syncing | calls | more | end");
         let kept = keep_console(&console);
         assert!(!console.exists());
-        assert_eq!(last_lines(&kept), "two | three | four");
+        assert_eq!(last_lines(&kept), "Kernel panic - not syncing | calls | more | end");
         fs::write(&kept, warning).expect("written");
         assert_eq!(last_lines(&kept), "nothing");
     }
