@@ -17,6 +17,8 @@ use crate::workspace::Workspace;
 
 /// Set in the environment of a test that runs inside.
 const INSIDE: &str = "IVCPU_LAB_INSIDE";
+/// Emulated hosts that one test may lose.
+const REPLACEMENTS: u32 = 2;
 /// Longest a test may take inside.
 const DEADLINE: Duration = Duration::from_secs(600);
 
@@ -46,8 +48,8 @@ pub fn boot(guest_kernels: &[Kernel]) -> anyhow::Result<EmulatedHost> {
     Ok(EmulatedHost::build_and_boot(&workspace, &provision, guest_kernels, &Options::default())?)
 }
 
-/// Runs `body`, a closure written in a test function, inside the emulated host. A host that gets stuck is replaced,
-/// once, and the test run again.
+/// Runs `body`, a closure written in a test function, inside the emulated host. A host that gets stuck or dies is replaced,
+/// twice at most, and the test run again.
 pub fn in_emulated_host<F>(body: F) -> anyhow::Result<()>
 where
     F: FnOnce(&mut Host) -> anyhow::Result<()>,
@@ -64,13 +66,16 @@ where
         return body(&mut Host::emulated()?);
     }
     let name = test_name(type_name_of_val(&body))?;
-    match run_inside(name, kernel) {
-        Err(e) if matches!(e.downcast_ref(), Some(Error::Stuck { .. })) => {
-            eprintln!("lab: {e:#}: running {name} again in a fresh one");
-            run_inside(name, kernel)
+    for _ in 0..REPLACEMENTS {
+        match run_inside(name, kernel) {
+            // The emulator's fault, not the test's: it stands still, or died of an assertion of its own.
+            Err(e) if matches!(e.downcast_ref(), Some(Error::Stuck { .. } | Error::Gone(_))) => {
+                eprintln!("lab: {e:#}: running {name} again in a fresh one");
+            }
+            outcome => return outcome,
         }
-        outcome => outcome,
     }
+    run_inside(name, kernel)
 }
 
 fn run_inside(name: &str, kernel: Kernel) -> anyhow::Result<()> {
