@@ -24,9 +24,9 @@ use crate::workspace::Workspace;
 
 pub use backend::{Backend, BackendConfig, BackendStats, QueueStats};
 pub use outside::Outside;
-pub use testbed::{Setup, Testbed};
+pub use testbed::{Setup, Testbed, load_module};
 pub use vm::Vm;
-pub use vmm::{Layout, Net, VmConfig, Vmm};
+pub use vmm::{FifoRegion, Layout, Net, VmConfig, Vmm};
 pub use wire::{TAP, Wire};
 
 /// The host a scenario runs in.
@@ -56,7 +56,7 @@ impl Host {
 
     fn enter(outside: Outside, logs: PathBuf) -> anyhow::Result<Self> {
         pcpu::pin(0, &[pcpu::wire()]).context("pinning the scenario")?;
-        let scratch = tempfile::tempdir().context("making a temporary folder")?;
+        let scratch = tempfile::tempdir_in("/dev/shm").context("making a temporary folder")?;
         Ok(Self { workspace: Workspace::locate()?, outside, logs, scratch })
     }
 
@@ -74,7 +74,7 @@ impl Host {
         Ok((Provision::new(&self.workspace).kernel(kernel)?.image, image))
     }
 
-    /// A folder for sockets.
+    /// A folder, in memory, for sockets and the FIFO region.
     pub fn scratch(&self) -> &Path {
         self.scratch.path()
     }
