@@ -60,6 +60,7 @@ pub fn compare(workspace: &Workspace, options: &CompareOptions) -> anyhow::Resul
     let provision = Provision::new(workspace);
     provision.tools()?;
     provision.qemu()?;
+    provision.make()?;
     let mut place = if options.native {
         workspace.build()?;
         prepare_guest(workspace, &provision, options.kernel)?;
@@ -99,12 +100,8 @@ pub fn compare(workspace: &Workspace, options: &CompareOptions) -> anyhow::Resul
 
 /// What runs, in this order: the side-by-side pair in alternation, then the rest.
 fn plans(options: &CompareOptions) -> Vec<Plan> {
-    let base = Setup {
-        mode: Mode::Stock,
-        poll_us: Some("0".into()),
-        kernel: options.kernel,
-        ..Setup::default()
-    };
+    let base =
+        Setup { mode: Mode::Stock, poll_us: Some("0".into()), kernel: options.kernel, ..Setup::default() };
     let spinning = Setup { poll_us: Some("always".into()), ..base.clone() };
     let irq = Setup { mode: Mode::Irq, ..spinning.clone() };
     let outside = Setup { vmm: Vmm::Qemu, backend: Backend::VhostNet, poll_us: None, ..base.clone() };

@@ -154,11 +154,13 @@ pub fn of_load(traffic: &Load, control: &Load, roles: &[Role]) -> Figures {
     } else {
         bystander.map(|b| b.share)
     };
-    let application_cpu_seconds = bystanders_part.and_then(|part| Some(cpu_seconds(&pcpus, &[Role::App])? * (1.0 - part)));
+    let application_cpu_seconds =
+        bystanders_part.and_then(|part| Some(cpu_seconds(&pcpus, &[Role::App])? * (1.0 - part)));
     // The wire is the peer's machine, not this one's. Unknown where the backend has no pCPU of its own.
-    let io_cpu_seconds = pcpus.iter().find(|p| p.role == Role::Backend).and_then(|_| {
-        Some(application_cpu_seconds? + cpu_seconds(&pcpus, &[Role::Ivcpu, Role::Backend])?)
-    });
+    let io_cpu_seconds = pcpus
+        .iter()
+        .find(|p| p.role == Role::Backend)
+        .and_then(|_| Some(application_cpu_seconds? + cpu_seconds(&pcpus, &[Role::Ivcpu, Role::Backend])?));
     let seconds = traffic.total(|w| w.seconds);
     let bytes = traffic.total(|w| w.bytes);
     let transactions = traffic.total(|w| w.transactions);

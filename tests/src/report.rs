@@ -180,7 +180,9 @@ fn exitless_lines(out: &mut String, f: &Figures) {
                 e.allowed,
                 if e.holds() { "exitless" } else { "NOT exitless" }
             ),
-            None => writeln!(out, "  pCPU{} {}: a single control window says nothing of noise", p.pcpu, p.role),
+            None => {
+                writeln!(out, "  pCPU{} {}: a single control window says nothing of noise", p.pcpu, p.role)
+            }
         };
     }
 }
@@ -204,7 +206,8 @@ fn pays_from(file: &ResultFile) -> String {
         let saved = without - with;
         if saved > 0.0 {
             // One pCPU second each second for saved seconds a GB.
-            let _ = writeln!(out, "{what}: an IVCPU that never sleeps pays from {:.0} Mbit/s", 8000.0 / saved);
+            let _ =
+                writeln!(out, "{what}: an IVCPU that never sleeps pays from {:.0} Mbit/s", 8000.0 / saved);
         } else {
             let _ = writeln!(out, "{what}: an IVCPU that never sleeps does not pay at any load");
         }

@@ -2,6 +2,7 @@
 
 pub mod agent;
 mod backend;
+pub mod fifo_guest;
 pub mod flow;
 pub mod measure;
 mod outside;
@@ -24,7 +25,7 @@ use crate::workspace::Workspace;
 
 pub use backend::{Backend, BackendConfig, BackendStats, QueueStats};
 pub use outside::Outside;
-pub use testbed::{Setup, Testbed, load_module};
+pub use testbed::{Setup, Testbed};
 pub use vm::Vm;
 pub use vmm::{FifoRegion, Layout, Net, VmConfig, Vmm};
 pub use wire::{TAP, Wire};

@@ -1,10 +1,10 @@
 //! A testbed: wire, backend and guest, brought up as a setup says.
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
+use super::fifo_guest::{load_module, run};
 use super::{Backend, BackendConfig, FifoRegion, Host, Layout, Net, TAP, Vm, VmConfig, Vmm, Wire};
-use crate::image::MODULE;
 use crate::pcpu;
 use crate::provision::Kernel;
 use crate::result::{self, Carrier, Mode, Role};
@@ -31,6 +31,9 @@ pub struct Setup {
     /// More suboptions for the backend's --fifo
     #[arg(long)]
     pub fifo_option: Option<String>,
+    /// Show the FIFO region, but start the interrupt service instead of loading the guest module
+    #[arg(long)]
+    pub without_module: bool,
     /// Microseconds an idle application vCPU polls before it halts [default: the guest kernel's own choice]
     #[arg(long)]
     pub halt_poll_us: Option<u64>,
@@ -60,6 +63,7 @@ impl Default for Setup {
             carrier: Carrier::Ivshmem,
             ivcpu_poll_us: None,
             fifo_option: None,
+            without_module: false,
             halt_poll_us: None,
             layout: Layout::Pinned,
             pv_eoi: true,
@@ -187,6 +191,7 @@ fn boot(host: &Host, setup: &Setup, config: &VmConfig) -> anyhow::Result<Vm> {
     match setup.mode {
         Mode::Stock => {}
         Mode::Irq => vm.start_service()?,
+        Mode::Fifo if setup.without_module => vm.start_service()?,
         Mode::Fifo => load_module(&mut vm, ivcpu, setup.ivcpu_poll_us)?,
         Mode::ThreadedNapi => {
             vm.start_service()?;
@@ -197,15 +202,6 @@ fn boot(host: &Host, setup: &Setup, config: &VmConfig) -> anyhow::Result<Vm> {
         run(&mut vm, &poll_when_idle(us))?;
     }
     Ok(vm)
-}
-
-/// Loads the guest module and waits until it says that it polls.
-pub fn load_module(vm: &mut Vm, ivcpu: usize, poll_us: Option<u64>) -> anyhow::Result<()> {
-    let poll_us = poll_us.map(|us| format!(" poll_us={us}")).unwrap_or_default();
-    run(vm, &format!("insmod {MODULE} cpu={ivcpu}{poll_us}"))?;
-    let state = "/sys/kernel/ivcpu/state";
-    run(vm, &format!("for i in $(seq 50); do grep -q -v absent {state} && exit 0; sleep 0.1; done; dmesg | tail -3; exit 1"))
-        .context("the guest module found no FIFO region")
 }
 
 /// Has the kernel run the network device's NAPI in threads on CPU `cpu`.
@@ -226,12 +222,6 @@ fn poll_when_idle(us: u64) -> String {
          echo {ns} > guest_halt_poll_grow_start && echo N > guest_halt_poll_allow_shrink && \
          grep -q haltpoll /sys/devices/system/cpu/cpuidle/current_driver"
     )
-}
-
-fn run(vm: &mut Vm, command: &str) -> anyhow::Result<()> {
-    let (status, text) = vm.run(command)?;
-    ensure!(status == 0, "`{command}` in the guest: status {status}: {}", text.trim());
-    Ok(())
 }
 
 #[cfg(test)]

@@ -147,7 +147,10 @@ impl VmConfig {
         let mut option = |name: &str, value: String| words.extend([name.to_string(), value]);
         option("-machine", "q35,memory-backend=ram".into());
         option("-object", format!("memory-backend-memfd,id=ram,size={MEMORY},share=on"));
-        option("-m", format!("{MEMORY}{}", if self.has(Carrier::VirtioPmem) { ",slots=2,maxmem=2G" } else { "" }));
+        option(
+            "-m",
+            format!("{MEMORY}{}", if self.has(Carrier::VirtioPmem) { ",slots=2,maxmem=2G" } else { "" }),
+        );
         option("-smp", self.vcpus().to_string());
         option(
             "-cpu",
@@ -163,7 +166,10 @@ impl VmConfig {
         option("-append", self.command_line() + &isolation);
         if let Some(FifoRegion { path, carrier }) = &self.fifo {
             let path = path.display();
-            option("-object", format!("memory-backend-file,id=fifo,share=on,mem-path={path},size={FIFO_SIZE}"));
+            option(
+                "-object",
+                format!("memory-backend-file,id=fifo,share=on,mem-path={path},size={FIFO_SIZE}"),
+            );
             let device = match carrier {
                 Carrier::Ivshmem => "ivshmem-plain",
                 Carrier::VirtioPmem => "virtio-pmem-pci",

@@ -224,8 +224,9 @@ fn real_package(record: &str) -> Option<String> {
 fn build_packages(record: &str) -> Vec<String> {
     let depends = record.lines().find_map(|line| line.strip_prefix("Depends: ")).unwrap_or_default();
     let names = depends.split(", ").filter_map(|one| one.split(' ').next());
-    let of_the_build =
-        |name: &&str| name.starts_with("linux-kbuild-") || (name.starts_with("linux-headers-") && name.ends_with("-common"));
+    let of_the_build = |name: &&str| {
+        name.starts_with("linux-kbuild-") || (name.starts_with("linux-headers-") && name.ends_with("-common"))
+    };
     names.filter(of_the_build).map(String::from).collect()
 }
 
