@@ -23,7 +23,7 @@ pub struct BackendConfig {
     pub queue_pairs: u16,
     /// What `--poll-us` says: microseconds, or `always`.
     pub poll: String,
-    /// Where its poll threads run.
+    /// Where its poll threads run; anywhere if empty.
     pub pcpus: Vec<usize>,
     /// What `--fifo` says.
     pub fifo: Option<String>,
@@ -77,19 +77,25 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// Starts it in the wire's namespace and waits until it listens.
+    /// Starts it, in the wire's namespace if it serves a TAP there, and waits until it listens.
     pub fn start(host: &Host, config: &BackendConfig) -> anyhow::Result<Self> {
         let socket = host.scratch().join("backend.sock");
         let stats = host.scratch().join("backend-stats.sock");
         let log = host.log("backend.log")?;
         let affinity: Vec<_> = config.pcpus.iter().map(usize::to_string).collect();
-        let mut words: Vec<String> = Wire::enter_words().into();
+        // Only a TAP has a wire to it.
+        let mut words = Vec::new();
+        if config.uplink.starts_with("tap:") {
+            words.extend(Wire::enter_words());
+        }
         words.extend([host.binary("ivcpu-backend").display().to_string()]);
         words.extend(["--socket-path".into(), socket.display().to_string()]);
         words.extend(["--uplink".into(), config.uplink.clone()]);
         words.extend(["--queue-pairs".into(), config.queue_pairs.to_string()]);
         words.extend(["--poll-us".into(), config.poll.clone()]);
-        words.extend(["--affinity".into(), format!("[{}]", affinity.join(","))]);
+        if !affinity.is_empty() {
+            words.extend(["--affinity".into(), format!("[{}]", affinity.join(","))]);
+        }
         words.extend(["--stats-socket".into(), stats.display().to_string()]);
         words.extend(config.fifo.iter().flat_map(|fifo| ["--fifo".into(), fifo.clone()]));
         let mut process = Process::spawn("ivcpu-backend", &words[0], |command| {

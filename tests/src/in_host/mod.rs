@@ -55,10 +55,22 @@ impl Host {
         Self::enter(Outside::Native, logs)
     }
 
+    /// This machine, whatever it is, for guests that QEMU emulates: nothing is pinned, nothing needs a privilege.
+    pub fn for_emulated_guests() -> anyhow::Result<Self> {
+        let workspace = Workspace::locate()?;
+        let logs = workspace.cache().join("share");
+        fs::create_dir_all(&logs).with_context(|| format!("making {}", logs.display()))?;
+        Self::with(workspace, Outside::Native, logs)
+    }
+
     fn enter(outside: Outside, logs: PathBuf) -> anyhow::Result<Self> {
         pcpu::pin(0, &[pcpu::wire()]).context("pinning the scenario")?;
+        Self::with(Workspace::locate()?, outside, logs)
+    }
+
+    fn with(workspace: Workspace, outside: Outside, logs: PathBuf) -> anyhow::Result<Self> {
         let scratch = tempfile::tempdir_in("/dev/shm").context("making a temporary folder")?;
-        Ok(Self { workspace: Workspace::locate()?, outside, logs, scratch })
+        Ok(Self { workspace, outside, logs, scratch })
     }
 
     /// Whether this is the emulated host, which is gone after the run.

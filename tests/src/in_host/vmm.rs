@@ -23,8 +23,17 @@ const MAC: &str = "52:54:00:49:56:01";
 pub enum Vmm {
     /// Ours.
     IvcpuVmm,
-    /// Stock QEMU.
+    /// Stock QEMU on KVM.
     Qemu,
+    /// Stock QEMU that emulates the vCPUs too: no KVM, no pinning.
+    QemuTcg,
+}
+
+impl Vmm {
+    /// Whether it is QEMU, which shows its vCPUs over QMP and knows no IVCPU.
+    pub fn is_qemu(self) -> bool {
+        self != Vmm::IvcpuVmm
+    }
 }
 
 /// The guest's network device.
@@ -142,8 +151,9 @@ impl VmConfig {
     /// QEMU's command line; the machine starts stopped, to be pinned first.
     pub(super) fn qemu_words(&self, program: &Path, qmp: &Path) -> Vec<String> {
         let mut words = vec![program.display().to_string()];
-        let fixed = "-nodefaults -no-user-config -display none -no-reboot -serial stdio -S -accel kvm";
+        let fixed = "-nodefaults -no-user-config -display none -no-reboot -serial stdio -S -accel";
         words.extend(fixed.split(' ').map(String::from));
+        words.push(if self.vmm == Vmm::QemuTcg { "tcg,thread=multi" } else { "kvm" }.into());
         let mut option = |name: &str, value: String| words.extend([name.to_string(), value]);
         option("-machine", "q35,memory-backend=ram".into());
         option("-object", format!("memory-backend-memfd,id=ram,size={MEMORY},share=on"));
@@ -152,10 +162,11 @@ impl VmConfig {
             format!("{MEMORY}{}", if self.has(Carrier::VirtioPmem) { ",slots=2,maxmem=2G" } else { "" }),
         );
         option("-smp", self.vcpus().to_string());
-        option(
-            "-cpu",
-            format!("host,kvm-pv-eoi={},kvm-hint-dedicated={}", on(self.pv_eoi), on(self.dedicated())),
-        );
+        let cpu = match self.vmm {
+            Vmm::QemuTcg => "max".to_owned(),
+            _ => format!("host,kvm-pv-eoi={},kvm-hint-dedicated={}", on(self.pv_eoi), on(self.dedicated())),
+        };
+        option("-cpu", cpu);
         option("-qmp", format!("unix:{},server=on,wait=off", qmp.display()));
         option("-kernel", self.kernel.display().to_string());
         option("-initrd", self.image.display().to_string());

@@ -170,6 +170,23 @@ impl Provision {
         Ok(launcher)
     }
 
+    /// libxml2's validator, as a launcher, and libvirt's schema of a domain: what `virt-xml-validate` puts together.
+    pub fn libvirt_schema(&self) -> Result<(PathBuf, PathBuf), Error> {
+        let (schemas, xmllint) =
+            (self.workspace.cache().join("libvirt"), self.workspace.cache().join("xmllint"));
+        self.fetch(&schemas, |archive| {
+            archive.unpack("libvirt's schemas", Selection::Alone(&["libvirt0"]), SUITE, &schemas)
+        })?;
+        self.fetch(&xmllint, |archive| {
+            let packages = Selection::WithDependencies(&["libxml2-utils"]);
+            archive.unpack("xmllint", packages, SUITE, &xmllint)
+        })?;
+        let xmllint = Unpacked::new(xmllint);
+        let launcher = self.workspace.launchers().join("xmllint");
+        xmllint.write_launcher(&launcher, &xmllint.find(&["usr/bin/xmllint"])?, "", "")?;
+        Ok((launcher, Unpacked::new(schemas).find(&["usr/share/libvirt/schemas/domain.rng"])?))
+    }
+
     /// Has `unpack` make `dir` out of the archive's packages if nobody has yet. The archive is given back at once:
     /// whoever held it for longer, waiting for something else, could wait for one who waits for the archive.
     fn fetch(
