@@ -287,7 +287,7 @@ fn a_guest_finds_the_fifo_region_where_it_puts_the_bar() {
     const BAR_2: u8 = 0x18;
     const COMMAND: u8 = 0x04;
     // Not RAM, and within the first GiB, which a guest has mapped from the start.
-    let (first, second) = (0x2000_0000, 0x2020_0000);
+    let (first, second, ram) = (0x2000_0000, 0x2020_0000, 0x0100_0000);
     let code = [
         code::configure(BAR_2, first),
         code::configure(BAR_2 + 4, 0),
@@ -300,9 +300,13 @@ fn a_guest_finds_the_fifo_region_where_it_puts_the_bar() {
         code::store(second + 0x1f_fffe, b'B'),
         code::configure(COMMAND, 0),
         code::print_at(second),
-        // Where RAM is: nothing changes there.
-        code::configure(BAR_2, 0),
+        // Where RAM is: that stays RAM, and the BAR can go elsewhere again.
+        code::configure(BAR_2, ram),
         code::configure(COMMAND, 2),
+        code::store(ram, b'R'),
+        code::configure(BAR_2, first),
+        code::print_at(first),
+        code::print_at(ram),
         code::power_off(),
     ]
     .concat();
@@ -310,7 +314,7 @@ fn a_guest_finds_the_fifo_region_where_it_puts_the_bar() {
     let path = folder.path().join("fifo");
     let ivcpu = format!("affinity=[{}],fifo={}", online.last().unwrap(), path.display());
     let output = boot(&code, &["--ivcpu", &ivcpu]);
-    assert_eq!(output.stdout, b"IVCPUFIF\xffI\xff", "{}", stderr(&output));
+    assert_eq!(output.stdout, b"IVCPUFIF\xffI\xffIR", "{}", stderr(&output));
     assert!(output.status.success(), "{}", stderr(&output));
     let region = std::fs::read(&path).unwrap();
     assert_eq!(region[0x1f_fffe..], *b"BA");
