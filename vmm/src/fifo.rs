@@ -69,7 +69,7 @@ pub enum Error {
     NotAFile(PathBuf),
     /// A size that no BAR can have.
     #[error(
-        "the FIFO region {} has {size} bytes and needs a power of two from 2M to 1G; delete it, and it is made anew",
+        "the FIFO region {} has {size} bytes and needs a power of two from 2M to 1G; name a file that is not there yet",
         path.display()
     )]
     Size {
@@ -80,7 +80,7 @@ pub enum Error {
     },
     /// Another size than asked for.
     #[error(
-        "the FIFO region {} has {size} bytes, fifo_size= says {wanted}; leave fifo_size= out, or delete the file",
+        "the FIFO region {} has {size} bytes, fifo_size= says {wanted}; leave fifo_size= out, or name another file",
         path.display()
     )]
     OtherSize {
@@ -116,7 +116,7 @@ pub enum Error {
         source: vm_memory::mmap::MmapRegionError,
     },
     /// What is in the file is something else.
-    #[error("cannot use {} as FIFO region; delete it, and it is made anew", path.display())]
+    #[error("cannot use {} as FIFO region; name a file that is not there yet", path.display())]
     Content {
         /// The file.
         path: PathBuf,
