@@ -7,7 +7,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use ivcpu_lab::in_host::fifo_guest::{load_module, module_counters};
+use ivcpu_lab::in_host::fifo_guest::{load_module, module_counters, send_to_loop};
 use ivcpu_lab::in_host::{Host, Vm};
 use ivcpu_lab::process::Process;
 use ivcpu_lab::provision::{Kernel, Provision};
@@ -30,7 +30,7 @@ fn settings(host: &Host) -> Result<String> {
     let (kernel, image) = host.guest_files(Kernel::V6_12)?;
     let scratch = host.scratch().display();
     let ours = format!(
-        "UPLINK=gen\nACCEL='-accel tcg,thread=multi -cpu max'\nKERNEL='{}' INITRD='{}' WORDS='console=ttyS0 quiet panic=-1'\n\
+        "UPLINK=loop\nACCEL='-accel tcg,thread=multi -cpu max'\nKERNEL='{}' INITRD='{}' WORDS='console=ttyS0 quiet panic=-1'\n\
          SOCKET='{scratch}/net.sock' FIFO='{scratch}/fifo'\n",
         kernel.display(),
         image.display()
@@ -77,15 +77,9 @@ fn works_as_written(host: &Host, carrier: &str) -> Result<()> {
     let mut vm = Vm::boot_by(host, &["sh".into(), "-c".into(), script], 3)?;
     vm.bring_up_network(1)?;
     load_module(&mut vm, 2, None)?;
-    let start = Instant::now();
-    loop {
-        let counters = module_counters(&mut vm)?;
-        if counters.entries > 100 {
-            break;
-        }
-        ensure!(start.elapsed() < Duration::from_secs(60), "{counters:?}");
-        sleep(Duration::from_millis(500));
-    }
+    send_to_loop(&mut vm, 200)?;
+    let counters = module_counters(&mut vm)?;
+    ensure!(counters.entries >= 200, "{counters:?}");
     ensure!(vm.power_off()?.success());
     Ok(())
 }

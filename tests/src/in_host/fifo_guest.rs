@@ -7,6 +7,7 @@ use std::path::Path;
 use anyhow::{Context, ensure};
 
 use super::{Testbed, Vm};
+use crate::guest::WIRE_ADDRESS;
 use crate::image::MODULE;
 
 /// What the guest module shows in `/sys/kernel/ivcpu`, all counted since it was loaded.
@@ -71,6 +72,16 @@ pub fn module_counters(vm: &mut Vm) -> anyhow::Result<ModuleCounters> {
         anyhow::bail!("the module's counters are {text:?}");
     };
     Ok(ModuleCounters { entries, delivered, wakeups, rescans, sleeps, fallbacks, ignored })
+}
+
+/// Sends frames one by one to a neighbour that the backend's `loop` uplink plays: each comes back, so each is two
+/// completions. (Nobody answers the pings: what comes back has this guest's own address.)
+pub fn send_to_loop(vm: &mut Vm, frames: u32) -> anyhow::Result<()> {
+    let command = format!(
+        "/usr/bin/ip neigh replace {WIRE_ADDRESS} lladdr 02:00:00:00:00:01 dev eth0 && \
+         {{ ping -q -c {frames} -i 0.01 -W 1 {WIRE_ADDRESS} > /dev/null || true; }}"
+    );
+    run(vm, &command).map(drop)
 }
 
 /// What the module has said, and whether the kernel complained of anything.
