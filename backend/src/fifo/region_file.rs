@@ -186,6 +186,12 @@ impl RegionFile {
         self.region.geometry().rings()
     }
 
+    /// The region. What is made of it must not outlive `self`.
+    #[cfg(test)]
+    pub(super) fn region(&self) -> Region {
+        self.region
+    }
+
     /// Claims ring `ring`, unless another producer holds it. To be asked once a ring: a lock never keeps out its own
     /// holder. The producer must not outlive `self`, and the ring is free again when `self` is dropped.
     pub(super) fn claim(&self, ring: usize) -> Result<Option<Producer>, Error> {
