@@ -108,9 +108,7 @@ fn a_ring_has_one_owner_until_it_is_killed() {
     assert!(said.lines().count() == 1 && said.contains("0 free rings for 1 poll threads"), "{said}");
     assert_eq!((first.said(), second.said()), (String::new(), String::new()));
 
-    let refused = create(&path, &["--rings", "2"]);
-    assert!(!refused.status.success());
-    assert!(String::from_utf8(refused.stderr).unwrap().contains("is in use by a backend"));
+    refused(&create(&path, &["--rings", "2"]), "is in use by a backend");
 
     // Dropped is killed with SIGKILL, in the middle of its session.
     drop(second);
@@ -165,7 +163,9 @@ fn an_inherited_descriptor_is_opened_anew() {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     let socket = theirs.as_raw_fd();
     let mut command = Command::new(env!("CARGO_BIN_EXE_ivcpu-backend"));
-    command.args(["--fd", "98", "--uplink", "null", "--fifo", "fd=99"]).stdin(Stdio::null());
+    let stats = dir.path().join("stats");
+    command.args(["--fd", "98", "--uplink", "null", "--fifo", "fd=99", "--stats-socket"]).arg(&stats);
+    command.stdin(Stdio::null());
     // SAFETY: between fork and exec only dup2 is called, which is async-signal-safe.
     unsafe {
         command.pre_exec(move || {
@@ -179,7 +179,14 @@ fn an_inherited_descriptor_is_opened_anew() {
     use vhost::VhostBackend;
     frontend.set_owner().unwrap();
     // Its ring is locked although this process has the very same opening of the file.
-    until("the ring is claimed", || !create(&path, &["--rings", "1"]).status.success());
+    until("the ring is claimed", || {
+        // It may not listen yet.
+        std::os::unix::net::UnixStream::connect(&stats).is_ok_and(|stats| {
+            let stats: serde_json::Value = serde_json::from_reader(stats).unwrap();
+            stats["fifo"]["rings"] == 1
+        })
+    });
+    refused(&create(&path, &["--rings", "1"]), "is in use by a backend");
     drop((frontend, file));
     assert!(child.wait().unwrap().success());
     assert!(shared.bindings().is_empty());
