@@ -117,7 +117,7 @@ impl RegionFile {
             let source = ivcpu_abi::Error::TooSmall { mapped: 0, needed: Geometry::DEFAULT.used_size() };
             return Err(Error::Region { path, source });
         }
-        // SAFETY: `Region::open` asks for what `over` grants.
+        // SAFETY: `over` maps these bytes for as long as the region is kept, and nothing else here touches them.
         Self::over(path, file, length, |base| unsafe { Region::open(base, length) })
     }
 
@@ -152,13 +152,12 @@ impl RegionFile {
         // Memory that cannot be had is an error here, and not a signal in the middle of a session.
         posix_fallocate(&file, 0, geometry.used_size() as libc::off_t)
             .map_err(system("allocate memory for"))?;
-        // SAFETY: `Region::create` asks for what `over` grants.
+        // SAFETY: as in `open`.
         Self::over(path, file, size, |base| unsafe { Region::create(base, size, geometry) })
     }
 
-    /// Maps `length` bytes of `file` and makes a region of them. To `make` is promised: the bytes stay mapped,
-    /// readable and writable, for as long as the result lives (as long as nobody cuts the file, see there), and this
-    /// program reaches them through the made region alone.
+    /// Maps `length` bytes of `file` and makes a region of them. To `make` is promised: the bytes stay mapped, readable
+    /// and writable, for as long as the result lives, and this program reaches them through the made region alone.
     fn over(
         path: PathBuf,
         file: File,
@@ -174,11 +173,6 @@ impl RegionFile {
             Ok(region) => Ok(RegionFile { path, file, region, _mapping: mapping }),
             Err(source) => Err(Error::Region { path, source }),
         }
-    }
-
-    /// The file's path, for messages.
-    pub fn path(&self) -> &Path {
-        &self.path
     }
 
     /// How many rings there are.
