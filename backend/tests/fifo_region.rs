@@ -108,7 +108,7 @@ fn a_ring_has_one_owner_until_it_is_killed() {
     assert!(said.lines().count() == 1 && said.contains("0 free rings for 1 poll threads"), "{said}");
     assert_eq!((first.said(), second.said()), (String::new(), String::new()));
 
-    refused(&create(&path, &["--rings", "2"]), "is in use by a backend");
+    refused(&create(&path, &["--rings", "2"]), "is in use by a VMM or a backend");
 
     // Dropped is killed with SIGKILL, in the middle of its session.
     drop(second);
@@ -186,7 +186,7 @@ fn an_inherited_descriptor_is_opened_anew() {
             stats["fifo"]["rings"] == 1
         })
     });
-    refused(&create(&path, &["--rings", "1"]), "is in use by a backend");
+    refused(&create(&path, &["--rings", "1"]), "is in use by a VMM or a backend");
     drop((frontend, file));
     assert!(child.wait().unwrap().success());
     assert!(shared.bindings().is_empty());

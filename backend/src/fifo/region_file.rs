@@ -86,8 +86,8 @@ pub enum Error {
         /// Bytes asked for.
         wanted: usize,
     },
-    /// A producer holds one of the rings of a region to be laid out anew.
-    #[error("FIFO region {0} is in use by a backend; stop that one first or choose another path")]
+    /// A VMM holds the header of a region to be laid out anew, or a backend one of its rings.
+    #[error("FIFO region {0} is in use by a VMM or a backend; stop that first or choose another path")]
     InUse(PathBuf),
 }
 
@@ -122,7 +122,7 @@ impl RegionFile {
     }
 
     /// Makes the region that `options` ask for. What is there already is only touched when it is a region (or
-    /// zeros) of the same size and no producer holds a ring.
+    /// zeros) of the same size and nobody holds a part of it.
     pub fn create(options: &CreateOptions) -> Result<Self, Error> {
         let (path, size) = (options.path.clone(), options.size.0);
         let mut how = OpenOptions::new();
@@ -133,7 +133,7 @@ impl RegionFile {
             move |errno: Errno| Error::System { what, path, source: errno.into() }
         };
         let found = length(&file, &path)?;
-        // All of the file, so all of its rings. Released when the file is closed, at the end.
+        // All of the file: its header, which a VMM may hold, and its rings. Released when the file is closed, at the end.
         if !try_lock(&file, 0, 0).map_err(system("lock"))? {
             return Err(Error::InUse(path));
         }
