@@ -5,11 +5,14 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
+
+use crate::fifo::{FifoCommand, FifoOptions};
 
 /// A vhost-user net backend: poll threads move a guest's frames, the guest is interrupted only when its driver asks.
 #[derive(Debug, Parser)]
 #[command(name = "ivcpu-backend", version, max_term_width = 100)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 #[command(group = clap::ArgGroup::new("connection").args(["socket_path", "fd", "print_capabilities"]).required(true))]
 pub struct Options {
     /// Listen for frontends on the Unix socket PATH.
@@ -42,6 +45,13 @@ pub struct Options {
     #[arg(long, value_name = "[LIST]")]
     pub affinity: Option<PcpuList>,
 
+    /// Complete through the FIFO region in file PATH, or in the inherited file descriptor N, while the guest's IVCPU
+    /// polls it. Opened at the start of each session; where that fails, completions are calls. Further words:
+    /// bound_us=N, how long an entry may wait before the driver is called all the same (100), and for tests
+    /// lose_entries=on: no entry is ever written, so that every completion waits for that bound.
+    #[arg(long, value_name = "path=PATH|fd=N[,...]")]
+    pub fifo: Option<FifoOptions>,
+
     /// MAC address to offer to the driver (otherwise the frontend's choice).
     #[arg(long, value_name = "MAC")]
     pub mac: Option<MacAddress>,
@@ -49,6 +59,18 @@ pub struct Options {
     /// Serve counters as JSON on the Unix socket PATH.
     #[arg(long, value_name = "PATH")]
     pub stats_socket: Option<PathBuf>,
+
+    /// Something else to do than to serve.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// What this program does besides serving frontends.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make FIFO regions.
+    #[command(subcommand)]
+    Fifo(FifoCommand),
 }
 
 /// An uplink by its words.
@@ -193,5 +215,7 @@ mod tests {
         );
         assert!(Options::try_parse_from(["x", "--socket-path", "s"]).is_err());
         assert!(Options::try_parse_from(["x", "--print-capabilities"]).is_ok());
+        assert!(Options::try_parse_from(["x", "fifo", "create", "/dev/shm/f"]).is_ok());
+        assert!(Options::try_parse_from(["x", "fifo"]).is_err());
     }
 }

@@ -19,6 +19,7 @@ use signal_hook::iterator::Signals;
 use crate::affinity;
 use crate::cli::Options;
 use crate::door::{self, Inherited};
+use crate::fifo;
 use crate::session::{self, Session};
 use crate::socket::{self, Claimed};
 use crate::stats::Stats;
@@ -42,6 +43,9 @@ pub enum Error {
     /// The inherited descriptor is of no use.
     #[error("{0}")]
     Inherited(#[from] door::Error),
+    /// The inherited FIFO region is of no use.
+    #[error("{0}")]
+    Fifo(#[from] fifo::Error),
     /// A session could not be set up.
     #[error("{0}")]
     Session(#[from] session::Error),
@@ -128,6 +132,7 @@ pub fn run(options: &Options) -> Result<(), Error> {
 
 /// Serves frontends until `quit` is asked.
 pub fn serve(options: &Options, quit: &Quit) -> Result<(), Error> {
+    options.fifo.as_ref().map_or(Ok(()), |fifo| fifo.place.check())?;
     let kind = options.uplink.as_ref().ok_or(Error::NoUplink)?;
     let queue_pairs = usize::from(options.queue_pairs);
     let pcpus = options.affinity.as_ref().map(|list| list.0.as_slice()).unwrap_or_default();

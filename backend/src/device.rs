@@ -16,6 +16,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 use crate::cli::MacAddress;
+use crate::stats::Direction;
 use crate::uplink::Offloads;
 use crate::vring::Vring;
 
@@ -65,6 +66,16 @@ pub struct QueuePair {
     pub to_guest: Vring,
     /// Ring `2 * index + 1`: frames from the guest (the driver's transmit queue).
     pub from_guest: Vring,
+}
+
+impl QueuePair {
+    /// The ring of this direction.
+    pub fn ring(&self, direction: Direction) -> &Vring {
+        match direction {
+            Direction::ToGuest => &self.to_guest,
+            Direction::FromGuest => &self.from_guest,
+        }
+    }
 }
 
 /// One session's device.

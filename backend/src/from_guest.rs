@@ -1,6 +1,7 @@
 //! A packet enters here from the guest.
 
 use crate::completion;
+use crate::fifo::Fifo;
 use crate::ring::Ring;
 use crate::stats::RingStats;
 use crate::uplink::Pair;
@@ -12,7 +13,7 @@ const BURST: usize = 64;
 ///
 /// A ring that is started but not enabled is consumed all the same and its frames are dropped, as the vhost-user
 /// specification asks of network devices: a driver that waits for its frames to be sent must not wait for ever.
-pub fn burst(ring: &mut Ring, pair: &mut Pair, stats: &RingStats) -> bool {
+pub fn burst(ring: &mut Ring, pair: &mut Pair, fifo: Option<&mut Fifo>, stats: &RingStats) -> bool {
     if !ring.is_running() {
         return false;
     }
@@ -40,6 +41,6 @@ pub fn burst(ring: &mut Ring, pair: &mut Pair, stats: &RingStats) -> bool {
     for _ in 0..taken {
         ring.give_back(0);
     }
-    completion::deliver(ring, stats);
+    completion::deliver(ring, fifo, stats);
     true
 }

@@ -1,7 +1,7 @@
 //! A vhost-user net backend: poll threads move a guest's frames, the guest is interrupted only when its driver asks.
 //!
 //! The way of a frame from the guest: [`worker`] finds it, [`from_guest`] takes it off its ring ([`ring`],
-//! [`memory`]) and hands it to the [`uplink`]; [`completion`] tells the driver. Frames to the guest come through
+//! [`memory`]) and hands it to the [`uplink`]; [`completion`] tells the driver, through the [`fifo`] if there is one. Frames to the guest come through
 //! [`to_guest`] and leave by the same door. [`daemon`] accepts frontends; [`device`] and [`vring`] are what the
 //! vhost-user-backend crate talks to.
 
@@ -11,6 +11,7 @@ pub mod completion;
 pub mod daemon;
 pub mod device;
 pub mod door;
+pub mod fifo;
 pub mod from_guest;
 pub mod mapped;
 pub mod memory;

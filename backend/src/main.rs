@@ -3,8 +3,9 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use ivcpu_backend::cli::{CAPABILITIES, Options};
+use ivcpu_backend::cli::{CAPABILITIES, Command, Options};
 use ivcpu_backend::daemon;
+use ivcpu_backend::fifo::{FifoCommand, RegionFile};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -19,7 +20,13 @@ fn main() -> ExitCode {
         println!("{CAPABILITIES}");
         return ExitCode::SUCCESS;
     }
-    match daemon::run(&options) {
+    let result = match &options.command {
+        Some(Command::Fifo(FifoCommand::Create(region))) => {
+            RegionFile::create(region).map(drop).map_err(daemon::Error::from)
+        }
+        None => daemon::run(&options),
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("ivcpu-backend: {error}");

@@ -78,11 +78,23 @@ impl Parts {
     }
 }
 
+/// What a running ring is known by outside of this program: the guest-physical address of its used ring. Another
+/// start is another one, although the address may be the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UsedRing {
+    /// The address.
+    pub address: u64,
+    /// Which start of the ring this is.
+    start: Wrapping<u32>,
+}
+
 /// One virtqueue.
 pub struct Ring {
     /// Which of the device's rings this is, for messages.
     name: String,
     queue: Queue,
+    /// Counts how often the ring was started.
+    start: Wrapping<u32>,
     chains: Chains,
     /// Index behind the last used entry written, and the part of them that the driver can see already.
     next_used: Wrapping<u16>,
@@ -111,6 +123,7 @@ impl Ring {
         Ok(Ring {
             name: String::new(),
             queue: Queue::new(max_size)?,
+            start: Wrapping(0),
             chains: Chains::new(memory, Access::Read),
             next_used: Wrapping(0),
             published: Wrapping(0),
@@ -204,6 +217,7 @@ impl Ring {
     pub fn set_started(&mut self, started: bool) {
         self.untake();
         self.queue.set_ready(started);
+        self.start += Wrapping(u32::from(started));
         self.broken = false;
         self.kicks_wanted = true;
         self.check();
@@ -258,6 +272,11 @@ impl Ring {
     /// Whether chains may be taken: started, its parts found, and not broken.
     pub fn is_running(&self) -> bool {
         self.parts.is_some() && !self.broken
+    }
+
+    /// What the ring is known by, while it is running.
+    pub fn used_ring(&self) -> Option<UsedRing> {
+        self.is_running().then(|| UsedRing { address: self.queue.used_ring(), start: self.start })
     }
 
     /// Whether frames may pass.

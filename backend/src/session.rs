@@ -17,7 +17,8 @@ use crate::affinity;
 use crate::cli::Options;
 use crate::device::{Device, QueuePair, birth_fd};
 use crate::door::Relay;
-use crate::stats::Stats;
+use crate::fifo::{self, Fifo};
+use crate::stats::{FifoInUse, Stats};
 use crate::uplink::{Offloads, Pair};
 use crate::worker::Worker;
 
@@ -84,7 +85,34 @@ impl Session<'_> {
             Err(error) => tracing::warn!("the session ended: {error}"),
         }
         relay.close();
-        poll_threads.stop(&mut self.pairs)
+        let result = poll_threads.stop(&mut self.pairs);
+        self.stats.set_fifo(None);
+        result
+    }
+
+    /// Claims a ring of the FIFO region for each poll thread. Whatever is wrong with it, the session goes on: without
+    /// a ring a thread's completions are calls.
+    fn claim_fifos(&self) -> Vec<Fifo> {
+        let Some(options) = &self.options.fifo else { return Vec::new() };
+        let wanted = self.pairs.len();
+        match fifo::claim(options, wanted) {
+            Ok(fifos) => {
+                let (path, rings) = (options.place.path(), fifos.len());
+                if rings < wanted {
+                    tracing::warn!(
+                        "FIFO region {} has {rings} free rings for {wanted} poll threads; the others call, create it \
+                         with more rings or stop backends that hold them",
+                        path.display()
+                    );
+                }
+                self.stats.set_fifo((rings > 0).then_some(FifoInUse { path, rings }));
+                fifos
+            }
+            Err(error) => {
+                tracing::warn!("{error}; completions are calls in this session");
+                Vec::new()
+            }
+        }
     }
 
     /// Starts a poll thread a queue pair; one that panics ends `connection`.
@@ -92,6 +120,7 @@ impl Session<'_> {
         let mut threads =
             PollThreads { stop: Arc::new(AtomicBool::new(false)), rings: rings.clone(), handles: Vec::new() };
         let pcpus = self.options.affinity.as_ref().map(|list| list.0.clone()).unwrap_or_default();
+        let mut fifos = self.claim_fifos().into_iter();
         let mut rings = rings;
         rings.sort_by_key(|pair| pair.index);
         for (rings, pair) in rings.into_iter().zip(self.pairs.drain(..)) {
@@ -105,6 +134,7 @@ impl Session<'_> {
             let worker = Worker {
                 rings,
                 pair,
+                fifo: fifos.next(),
                 poll: self.options.poll_us,
                 stats: [to_guest.clone(), from_guest.clone()],
                 stop: threads.stop.clone(),

@@ -2,8 +2,9 @@
 
 use std::io::{ErrorKind, Write};
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::{Serialize, Serializer};
@@ -40,6 +41,13 @@ pub enum Direction {
     FromGuest,
 }
 
+impl Direction {
+    /// Its place in arrays of two.
+    pub const fn index(self) -> usize {
+        self as usize
+    }
+}
+
 /// What happened on one ring since the program started.
 #[derive(Debug, Serialize)]
 pub struct RingStats {
@@ -55,7 +63,17 @@ pub struct RingStats {
     pub dropped: Counter,
     /// Kick notifications received.
     pub kicks: Counter,
-    /// Notifications the driver asked for, sent.
+    /// Notifications that virtio's suppression rule asked for. Without a FIFO each is a call.
+    pub completions: Counter,
+    /// Completions for which an entry was written to the FIFO, and one more at each start of the ring.
+    pub fifo_entries: Counter,
+    /// Completions covered by an entry that was still there.
+    pub fifo_merged: Counter,
+    /// Calls although there is a FIFO, because its consumer slept or was absent.
+    pub wakeups: Counter,
+    /// Calls because the FIFO's consumer said that it was awake and left the ring waiting too long.
+    pub fallbacks: Counter,
+    /// All calls.
     pub calls: Counter,
     /// Times something was published and the driver did not ask to be told.
     pub calls_suppressed: Counter,
@@ -71,6 +89,11 @@ impl RingStats {
             bytes: zero(),
             dropped: zero(),
             kicks: zero(),
+            completions: zero(),
+            fifo_entries: zero(),
+            fifo_merged: zero(),
+            wakeups: zero(),
+            fallbacks: zero(),
             calls: zero(),
             calls_suppressed: zero(),
         })
@@ -83,6 +106,17 @@ pub struct Stats {
     queues: Vec<Arc<RingStats>>,
     /// Frontends that connected.
     pub sessions: Counter,
+    /// The FIFO region of the session of now; `None` where completions are calls.
+    fifo: Mutex<Option<FifoInUse>>,
+}
+
+/// A FIFO region in use.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub struct FifoInUse {
+    /// Its file.
+    pub path: PathBuf,
+    /// Rings claimed: poll threads that complete through it.
+    pub rings: usize,
 }
 
 impl Stats {
@@ -90,7 +124,16 @@ impl Stats {
     pub fn new(queue_pairs: usize) -> Self {
         let pair =
             |i| [RingStats::new(2 * i, Direction::ToGuest), RingStats::new(2 * i + 1, Direction::FromGuest)];
-        Stats { queues: (0..queue_pairs).flat_map(pair).collect(), sessions: Counter::default() }
+        Stats {
+            queues: (0..queue_pairs).flat_map(pair).collect(),
+            sessions: Counter::default(),
+            fifo: Mutex::default(),
+        }
+    }
+
+    /// Tells which FIFO region is in use.
+    pub fn set_fifo(&self, fifo: Option<FifoInUse>) {
+        *self.fifo.lock().unwrap_or_else(PoisonError::into_inner) = fifo;
     }
 
     /// The counters of ring `index`.
@@ -128,8 +171,15 @@ mod tests {
         stats.sessions.add(1);
         let shown: serde_json::Value = serde_json::to_value(&stats).unwrap();
         assert_eq!(shown["sessions"], 1);
+        assert_eq!(shown["fifo"], serde_json::Value::Null);
         assert_eq!(shown["queues"][0]["direction"], "to_guest");
+        for counter in ["completions", "fifo_entries", "fifo_merged", "wakeups", "fallbacks", "calls"] {
+            assert_eq!(shown["queues"][1][counter], 0, "{counter}");
+        }
         assert_eq!(shown["queues"][1]["packets"], 3);
         assert_eq!(shown["queues"][1]["calls_suppressed"], 0);
+        stats.set_fifo(Some(FifoInUse { path: "/dev/shm/f".into(), rings: 1 }));
+        let shown: serde_json::Value = serde_json::to_value(&stats).unwrap();
+        assert_eq!(shown["fifo"], serde_json::json!({"path": "/dev/shm/f", "rings": 1}));
     }
 }

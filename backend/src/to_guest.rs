@@ -7,6 +7,7 @@
 //! lost because the ring was nearly empty for a moment.
 
 use crate::completion;
+use crate::fifo::Fifo;
 use crate::memory::MAX_FRAME;
 use crate::ring::Ring;
 use crate::stats::RingStats;
@@ -52,7 +53,13 @@ impl Default for ToGuest {
 
 impl ToGuest {
     /// Moves up to a burst of frames from the uplink to the guest.
-    pub fn burst(&mut self, ring: &mut Ring, pair: &mut Pair, stats: &RingStats) -> Outcome {
+    pub fn burst(
+        &mut self,
+        ring: &mut Ring,
+        pair: &mut Pair,
+        fifo: Option<&mut Fifo>,
+        stats: &RingStats,
+    ) -> Outcome {
         let mut outcome = Outcome::default();
         if !ring.is_running() || !ring.is_enabled() {
             return outcome;
@@ -92,7 +99,7 @@ impl ToGuest {
                 }
             }
         }
-        completion::deliver(ring, stats);
+        completion::deliver(ring, fifo, stats);
         outcome
     }
 

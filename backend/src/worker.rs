@@ -3,6 +3,9 @@
 //! While the thread works or spins, the driver is asked not to kick. Before it sleeps it asks for kicks again and
 //! looks once more (`Ring::want_kicks` has the fence), so a chain that comes in between is seen. Kicks for the ring
 //! to the guest are asked for only when it has no buffers left: until then only the uplink can give work.
+//!
+//! With a FIFO the thread also watches what the consumer leaves waiting there: now and then while it is awake, and as
+//! the time limit of its sleep, so that nothing waits longer than the bound (and the thread's own next look).
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -11,10 +14,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::time::TimeSpec;
 
 use crate::cli::PollTime;
+use crate::completion;
 use crate::device::QueuePair;
+use crate::fifo::{Fifo, Waiting};
 use crate::from_guest;
 use crate::stats::RingStats;
 use crate::to_guest::{Outcome, ToGuest};
@@ -24,6 +30,9 @@ use crate::uplink::Pair;
 /// or spins, nothing depends on the kick eventfds, so they are read only to keep the counters true.
 const ROUNDS_A_LOOK: u32 = 256;
 const COUNT_KICKS_EVERY: Duration = Duration::from_millis(10);
+/// Rounds between two looks at what waits in the FIFO: a look costs a glance at the clock while anything waits, a round
+/// of full bursts takes some 100 us.
+const ROUNDS_A_GLANCE: u32 = 4;
 /// How often a thread that cannot sleep, because what it waits for is broken, looks again.
 const PACE: Duration = Duration::from_secs(1);
 
@@ -33,6 +42,8 @@ pub struct Worker {
     pub rings: QueuePair,
     /// The uplink's end.
     pub pair: Pair,
+    /// The way past interrupts, if there is one.
+    pub fifo: Option<Fifo>,
     /// How long to spin.
     pub poll: PollTime,
     /// Counters of the ring to the guest and of the ring from it.
@@ -72,6 +83,9 @@ impl Worker {
                 idle_since = None;
             }
             rounds = rounds.wrapping_add(1);
+            if rounds.is_multiple_of(ROUNDS_A_GLANCE) {
+                fall_back(&mut self.fifo, &self.rings, &self.stats);
+            }
             if rounds.is_multiple_of(ROUNDS_A_LOOK) && counted.elapsed() >= COUNT_KICKS_EVERY {
                 self.count_kicks();
                 counted = Instant::now();
@@ -97,16 +111,24 @@ impl Worker {
         let [to_stats, from_stats] = &self.stats;
         match self.rings.from_guest.try_lock() {
             Some(mut ring) => {
-                round.moved |= from_guest::burst(&mut ring, &mut self.pair, from_stats);
+                let mut fifo = self.fifo.as_mut();
+                if let Some(fifo) = &mut fifo {
+                    completion::follow(&ring, fifo, from_stats);
+                }
+                round.moved |= from_guest::burst(&mut ring, &mut self.pair, fifo, from_stats);
                 round.running |= ring.is_running();
             }
             None => round.contended = true,
         }
         match self.rings.to_guest.try_lock() {
             Some(mut ring) => {
+                let mut fifo = self.fifo.as_mut();
+                if let Some(fifo) = &mut fifo {
+                    completion::follow(&ring, fifo, to_stats);
+                }
                 let active = ring.is_running() && ring.is_enabled();
                 self.pair.set_enabled(active);
-                round.to_guest = to_guest.burst(&mut ring, &mut self.pair, to_stats);
+                round.to_guest = to_guest.burst(&mut ring, &mut self.pair, fifo, to_stats);
                 round.moved |= round.to_guest.moved;
                 round.running |= active;
             }
@@ -130,14 +152,20 @@ impl Worker {
         ];
         let mut fds: Vec<PollFd> =
             sources.iter().flatten().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
-        if self.stop.load(Ordering::Relaxed) {
-            return;
-        }
-        match poll(&mut fds, PollTimeout::NONE) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(error) => {
-                tracing::warn!("cannot wait for the rings: {error}");
-                std::thread::sleep(PACE);
+        loop {
+            if self.stop.load(Ordering::Relaxed) {
+                return;
+            }
+            let limit = fall_back(&mut self.fifo, rings, &self.stats);
+            match ppoll(&mut fds, limit.map(TimeSpec::from_duration), None) {
+                // The time was the FIFO's; nothing happened on the rings.
+                Ok(0) if limit != Some(Duration::ZERO) => {}
+                Ok(_) | Err(Errno::EINTR) => break,
+                Err(error) => {
+                    tracing::warn!("cannot wait for the rings: {error}");
+                    std::thread::sleep(PACE);
+                    break;
+                }
             }
         }
         // What each source said, in their order. Only what spoke is looked at: every look is a system call.
@@ -194,6 +222,22 @@ impl Worker {
             return if ring.want_kicks() { None } else { Some(Wait::Kick(ring.kick())) };
         }
         if self.pair.has_frames() { None } else { Some(Wait::Frames(ring.kick())) }
+    }
+}
+
+/// Calls for what the FIFO's consumer left waiting too long. Tells how long the thread may sleep before it has to look
+/// again: not at all where a message handler holds the ring to be called.
+fn fall_back(fifo: &mut Option<Fifo>, rings: &QueuePair, stats: &[Arc<RingStats>; 2]) -> Option<Duration> {
+    let fifo = fifo.as_mut()?;
+    loop {
+        match fifo.waiting() {
+            Waiting::Nothing => return None,
+            Waiting::Within(time) => return Some(time),
+            Waiting::TooLong(direction) => match rings.ring(direction).try_lock() {
+                Some(ring) => completion::fall_back(&ring, fifo, &stats[direction.index()]),
+                None => return Some(Duration::ZERO),
+            },
+        }
     }
 }
 

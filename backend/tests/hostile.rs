@@ -95,7 +95,7 @@ proptest! {
         let stats = Stats::new(1);
         let mut pair = pair("loop");
         for _ in 0..3 {
-            from_guest::burst(&mut ring, &mut pair, stats.ring(1).unwrap());
+            from_guest::burst(&mut ring, &mut pair, None, stats.ring(1).unwrap());
         }
         // The table may lie under a buffer only in the other direction, so what was offered is what it was.
         let used = check_used(&memory, &heads, index)?;
@@ -127,7 +127,7 @@ proptest! {
         let mut to_guest = ToGuest::default();
         // A frame may overwrite the rings themselves: only that every burst ends is asked then.
         for _ in 0..4 {
-            to_guest.burst(&mut ring, &mut pair, stats.ring(0).unwrap());
+            to_guest.burst(&mut ring, &mut pair, None, stats.ring(0).unwrap());
         }
         if table.iter().all(|&(address, length, ..)| address >= 0x4000 && address.checked_add(length.into()).is_some()) {
             check_used(&memory, &heads, index)?;

@@ -137,20 +137,9 @@ impl Producer {
         if State::from_word(self.region.state().load(Ordering::Relaxed)) == State::Absent {
             return Push::Signal(Reason::Absent);
         }
-        let slip = &mut self.slips[source.index()];
-        let announced = self.end.announce(source.0);
-        if announced && slip.queued {
-            if slip.overdue {
-                return Push::Signal(Reason::Overdue);
-            }
-            // The clock runs from the first completion that no `call` told of.
-            if !self.watch.is_running(source.0) {
-                self.watch.start(source.0, now);
-            }
-            return Push::Merged;
+        if let Some(covered) = self.announce(source, now) {
+            return covered;
         }
-        slip.queued = true;
-        slip.overdue = false;
         self.end.write(source.0);
         let reason = match sleep::after_push(&self.region, self.bit) {
             State::Awake => {
@@ -162,6 +151,38 @@ impl Producer {
         };
         self.watch.stop(source.0);
         Push::Signal(reason)
+    }
+
+    /// Fault injection, to test what happens to entries that get lost: announces a completion as [`Producer::push`]
+    /// does, but writes no entry and wakes nobody. Only [`Producer::overdue`] finds it.
+    pub fn lose(&mut self, source: Source, now: u64) -> Push {
+        if State::from_word(self.region.state().load(Ordering::Relaxed)) == State::Absent {
+            return Push::Signal(Reason::Absent);
+        }
+        if let Some(covered) = self.announce(source, now) {
+            return covered;
+        }
+        self.watch.start(source.0, now);
+        Push::Merged
+    }
+
+    /// Sets the source's pending word. `None`: a new entry must follow; otherwise what became of the completion.
+    #[inline]
+    fn announce(&mut self, source: Source, now: u64) -> Option<Push> {
+        let slip = &mut self.slips[source.index()];
+        if self.end.announce(source.0) && slip.queued {
+            if slip.overdue {
+                return Some(Push::Signal(Reason::Overdue));
+            }
+            // The clock runs from the first completion that no `call` told of.
+            if !self.watch.is_running(source.0) {
+                self.watch.start(source.0, now);
+            }
+            return Some(Push::Merged);
+        }
+        slip.queued = true;
+        slip.overdue = false;
+        None
     }
 
     /// Finds a source that an awake consumer has left waiting for `bound` or longer. To be asked regularly by
