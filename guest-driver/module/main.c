@@ -109,7 +109,7 @@ void ivcpu_leave_region(struct ivcpu_region *region)
 	if (used == region) {
 		used = NULL;
 		settle();
-		pr_info("the FIFO at %pa is gone; completions come as interrupts\n", &region->address);
+		pr_info("the FIFO at %pa is left; completions come as interrupts\n", &region->address);
 	}
 	mutex_unlock(&lock);
 }

@@ -34,7 +34,7 @@
 #define BATCH_ENTRIES 64
 #define BATCH_NS (NSEC_PER_MSEC)
 /* A look at all pending words because of a call costs some ten microseconds, so not oftener than this. */
-#define RESCAN_NS (NSEC_PER_MSEC)
+#define RESCAN_NS (250 * NSEC_PER_USEC)
 /* RCU begins to complain much later. */
 #define QUIESCENT_NS (32 * NSEC_PER_MSEC)
 #define EMPTY_LOOKS 64
@@ -101,30 +101,24 @@ static void deliver(const struct ivcpu_completion *completion)
 		count(&ivcpu_counts.delivered);
 }
 
-/* Takes what there is, up to a batch. Returns whether there was anything. */
-static bool serve(void)
+typedef bool next_completion(struct ivcpu_consumer *consumer, struct ivcpu_completion *completion);
+
+/* Takes what next finds, up to a batch. Returns whether that was anything. */
+static __always_inline bool serve(next_completion *next)
 {
 	struct ivcpu_completion completion;
-	unsigned int look, entries = 0;
+	unsigned int looks = 0, entries = 0;
 	u64 end;
 
-	for (look = 0; !ivcpu_poll(&consumer, &completion); look++)
-		if (look == LOOKS)
+	while (!next(&consumer, &completion))
+		if (++looks == LOOKS)
 			return false;
 	end = local_clock() + BATCH_NS;
 	local_bh_disable();
 	do
 		deliver(&completion);
-	while (++entries < BATCH_ENTRIES && local_clock() < end && ivcpu_poll(&consumer, &completion));
+	while (++entries < BATCH_ENTRIES && local_clock() < end && next(&consumer, &completion));
 	local_bh_enable();
-	return true;
-}
-
-static bool was_called(void)
-{
-	if (!READ_ONCE(called))
-		return false;
-	WRITE_ONCE(called, false);
 	return true;
 }
 
@@ -145,7 +139,7 @@ static void rescan_if_called(u64 now)
 static void sleep(void)
 {
 	set_current_state(TASK_IDLE);
-	if (kthread_should_stop())
+	if (kthread_should_stop() || READ_ONCE(called))
 		goto up;
 	switch (ivcpu_prepare_sleep(&consumer)) {
 	case IVCPU_SLEEP_NOW:
@@ -154,8 +148,11 @@ static void sleep(void)
 		schedule();
 		ivcpu_wake(&consumer);
 		WRITE_ONCE(state, AWAKE);
-		if (was_called())
+		if (READ_ONCE(called)) {
+			/* The call is answered: what comes from here on is polled. */
+			WRITE_ONCE(called, false);
 			count(&ivcpu_counts.wakeups);
+		}
 		break;
 	case IVCPU_SLEEP_NOT_YET:
 		break;
@@ -190,7 +187,7 @@ static void poll(void)
 	u64 now, idle_since = local_clock();
 
 	while (!kthread_should_stop() && !region->replaced) {
-		bool busy = serve();
+		bool busy = serve(ivcpu_poll);
 
 		now = local_clock();
 		rescan_if_called(now);
@@ -209,14 +206,10 @@ static void poll(void)
 /* Leaves the region, and delivers what was announced until then. */
 static void leave(void)
 {
-	struct ivcpu_completion completion;
-
 	ivcpu_detach(&consumer);
 	WRITE_ONCE(state, ABSENT);
-	local_bh_disable();
-	while (ivcpu_scan(&consumer, &completion))
-		deliver(&completion);
-	local_bh_enable();
+	while (serve(ivcpu_scan))
+		cond_resched();
 }
 
 static int run(void *unused)
@@ -315,7 +308,7 @@ void ivcpu_poller_stop(void)
 void ivcpu_poller_call(void)
 {
 	raw_spin_lock(&call_lock);
-	if (thread) {
+	if (thread && READ_ONCE(state) != ABSENT) {
 		WRITE_ONCE(called, true);
 		wake_up_process(thread);
 	}

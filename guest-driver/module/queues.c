@@ -174,8 +174,6 @@ static int collect(struct device *dev, void *data)
 		err = xa_err(xa_store(&interrupts, irq, xa_mk_value(0), GFP_KERNEL));
 		if (err)
 			return err;
-		if (!pci_dev_msi_enabled(pci))
-			break;	/* one line, whatever the vector */
 	}
 	return 0;
 }
