@@ -34,7 +34,8 @@ fn spinning() -> Setup {
 /// left are within the promise, pCPU by pCPU. The control spins alike and its guest is busy.
 fn exitless(host: &mut Host, setup: Setup) -> Result<()> {
     let workloads = vec![Workload::TcpOut, Workload::TcpIn, Workload::TcpRr];
-    let plan = Plan { setup, workloads, windows: 3, seconds: 6.0, with_bystander: false };
+    let plan =
+        Plan { setup, workloads, windows: 3, seconds: 8.0, entries: Some(ENTRIES), with_bystander: false };
     let measured = measure(host, &plan)?;
     for (workload, load) in plan.workloads.iter().zip(&measured.workloads) {
         let figures = figures::of_load(load, &measured.control, &measured.roles);
@@ -77,7 +78,7 @@ fn no_wake_up_ipi_is_left_where_the_guest_polls_when_idle() -> Result<()> {
 #[test]
 fn without_entries_only_late_signals_deliver() -> Result<()> {
     in_emulated_host(|host| {
-        let setup = Setup { fifo_option: Some("lose_entries=on".into()), ..spinning() };
+        let setup = Setup { fifo_option: Some("lose_entries=on,bound_us=1000".into()), ..spinning() };
         let mut testbed = Testbed::start(host, &setup)?;
         let before = module_counters(&mut testbed.vm)?;
         let interrupts = testbed.vm.interrupts()?;

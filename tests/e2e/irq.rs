@@ -61,7 +61,7 @@ fn two_queue_pairs_and_again_after_the_driver_spread_them() -> Result<()> {
 /// cost a timer interrupt that arrives beside it the paravirtual end of interrupt.
 fn exits_are_on_the_ivcpu(host: &mut Host, setup: Setup) -> Result<()> {
     let workloads = vec![Workload::TcpOut, Workload::TcpIn];
-    let plan = Plan { setup, workloads, windows: 3, seconds: 2.0, with_bystander: true };
+    let plan = Plan { setup, workloads, windows: 3, seconds: 2.0, entries: None, with_bystander: true };
     let measured = measure(host, &plan)?;
     for (workload, load) in plan.workloads.iter().zip(&measured.workloads) {
         let figures = figures::of_load(load, &measured.control, &measured.roles);

@@ -111,11 +111,11 @@ impl Load {
         Some(spread)
     }
 
-    /// Standard deviation of a window's device exits, times the number of windows: as if all erred the same way.
+    /// Standard deviation of the windows' summed device exits, from that of one window.
     fn device_exits_sigma(&self, pcpu: u32) -> Option<f64> {
         let of = |rows: &Rows| Figures::DEVICE_ROWS.iter().map(|row| rows.count(*row)).sum::<u64>() as f64;
         let counts: Vec<_> = self.windows.iter().map(|w| w.exits.get(&pcpu).map_or(0.0, of)).collect();
-        Some(result::sigma(&counts)? * counts.len() as f64)
+        Some(result::sigma(&counts)? * (counts.len() as f64).sqrt())
     }
 
     fn guest_irqs(&self) -> Option<GuestIrqs> {
@@ -128,18 +128,21 @@ impl Load {
     }
 }
 
-/// Figures of a load beside its control: the same VM and spinning threads over as many equally long windows without
-/// traffic. `roles` names every pCPU of the host.
+/// Figures of a load beside its control: the same VM and spinning threads in windows without traffic, scaled to the
+/// same length. `roles` names every pCPU of the host.
 pub fn of_load(traffic: &Load, control: &Load, roles: &[Role]) -> Figures {
+    // Windows with traffic may be longer than those without.
+    let times = traffic.total(|w| w.seconds) / control.total(|w| w.seconds);
+    let times = if times.is_finite() { times } else { 1.0 };
     let pcpus: Vec<Pcpu> = (0u32..)
         .zip(roles)
         .map(|(pcpu, role)| Pcpu {
             pcpu,
             role: *role,
             exits: traffic.rows(pcpu),
-            control: control.rows(pcpu),
-            control_spread: control.spread(pcpu),
-            control_sigma: control.device_exits_sigma(pcpu),
+            control: scaled(&control.rows(pcpu), times),
+            control_spread: control.spread(pcpu).map(|rows| scaled(&rows, times)),
+            control_sigma: control.device_exits_sigma(pcpu).map(|sigma| sigma * times.sqrt()),
             cpu_seconds: traffic.windows.iter().map(|w| w.cpu_seconds.get(pcpu as usize).copied()).sum(),
         })
         .collect();
@@ -204,6 +207,15 @@ pub fn of_load(traffic: &Load, control: &Load, roles: &[Role]) -> Figures {
     }
 }
 
+/// Counts as they would be over a span so many times as long.
+fn scaled(rows: &Rows, times: f64) -> Rows {
+    let mut result = Rows::default();
+    for row in Row::ALL {
+        result.add(row, (rows.count(row) as f64 * times).round() as u64);
+    }
+    result
+}
+
 /// Payload bytes over seconds, in Mbit/s.
 pub fn mbps(bytes: u64, seconds: f64) -> f64 {
     bytes as f64 * 8.0 / 1e6 / seconds
@@ -258,6 +270,17 @@ mod tests {
         // 4 s of the application's pCPU less the bystander's 80 %, and all 2 s of the backend's, for 2 GB.
         assert!((f.cpu_seconds_per_gb.unwrap() - (0.8 + 2.0) / 2.0).abs() < 1e-9);
         assert_eq!(f.spread, Some(0.0));
+    }
+
+    #[test]
+    fn a_control_of_other_length_is_scaled() {
+        let traffic = load(vec![window([500, 100], 1_000_000_000, 80.0); 4]);
+        let control = load(vec![window([400, 10], 0, 100.0), window([420, 10], 0, 100.0)]);
+        let f = of_load(&traffic, &control, &[Role::App, Role::Backend]);
+        assert_eq!(f.pcpus[0].control.count(Row::ExternalIntr), 1640);
+        assert_eq!(f.pcpus[1].control_sigma, Some(0.0));
+        // One window errs by 14.1, four of them together by twice that.
+        assert!((f.pcpus[0].control_sigma.unwrap() - 200f64.sqrt() * 2.0).abs() < 1e-9);
     }
 
     #[test]

@@ -212,7 +212,7 @@ pub struct Pcpu {
     pub role: Role,
     /// Exits while traffic flowed, summed over the repeats.
     pub exits: Rows,
-    /// Exits over equally long windows with the same spinning threads and no traffic.
+    /// Exits with the same spinning threads and no traffic, scaled to the same time.
     pub control: Rows,
     /// Largest less smallest control window, a row, scaled to the summed windows; null where there was only one.
     pub control_spread: Option<Rows>,
