@@ -71,7 +71,7 @@ fn no_device_exit_is_left() -> Result<()> {
 /// With idle application vCPUs that poll for longer than the gaps, the IPIs that wake them go too.
 #[test]
 fn no_wake_up_ipi_is_left_where_the_guest_polls_when_idle() -> Result<()> {
-    in_emulated_host(|host| exitless(host, Setup { halt_poll_us: Some(20_000), ..spinning() }))
+    in_emulated_host(|host| exitless(host, Setup { halt_poll_us: Some(1_000_000), ..spinning() }))
 }
 
 /// An entry that is never written cannot be found by looking at the ring: only the overdue signal delivers.

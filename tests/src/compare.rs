@@ -26,8 +26,8 @@ const RESTARTS: u32 = 3;
 const ALL: [Workload; 3] = [Workload::TcpOut, Workload::TcpIn, Workload::TcpRr];
 /// Longer than any window: the IVCPU never sleeps in one.
 const NO_SLEEP_US: u64 = 60_000_000;
-/// Longer than the gaps of the emulated host's traffic.
-const HALT_POLL_US: u64 = 20_000;
+/// Longer than any gap in the emulated host, also of a vCPU that has next to nothing to do.
+const HALT_POLL_US: u64 = 1_000_000;
 /// FIFO entries that say how few exits are left.
 const ENTRIES: u64 = 10_000;
 const STREAMS: [Workload; 2] = [Workload::TcpOut, Workload::TcpIn];

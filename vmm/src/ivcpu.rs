@@ -115,12 +115,10 @@ pub fn keep_pause_inside(vm: &VmFd) {
 }
 
 /// What the guest's command line says about the IVCPU, which is guest CPU `number`: its scheduler keeps tasks off, interrupts
-/// go there by default, and the guest service or module learns its number. One that polls (`polls`) runs one thread without
-/// end and needs no timer tick for it, each of which would be two exits. `managed_irq` is left out on purpose: it would
-/// push managed interrupts away from it.
-pub fn guest_command_line(number: u8, polls: bool) -> String {
-    let tick = if polls { "nohz," } else { "" };
-    format!("isolcpus={tick}domain,{number} irqaffinity={number} ivcpu.cpu={number}")
+/// go there by default, and the guest service learns its number. `managed_irq` is left out on purpose: it would push
+/// managed interrupts away from it.
+pub fn guest_command_line(number: u8) -> String {
+    format!("isolcpus=domain,{number} irqaffinity={number} ivcpu.cpu={number}")
 }
 
 #[cfg(test)]
@@ -136,12 +134,6 @@ mod tests {
         assert!("affinity=[3],host_irqs=24".parse::<IvcpuOptions>().is_err());
         assert!("affinity=3".parse::<IvcpuOptions>().is_err());
         assert!("affinity=[3],fast=on".parse::<IvcpuOptions>().is_err());
-    }
-
-    #[test]
-    fn an_ivcpu_that_polls_has_no_tick() {
-        assert_eq!(guest_command_line(2, false), "isolcpus=domain,2 irqaffinity=2 ivcpu.cpu=2");
-        assert_eq!(guest_command_line(2, true), "isolcpus=nohz,domain,2 irqaffinity=2 ivcpu.cpu=2");
     }
 
     #[test]

@@ -191,7 +191,7 @@ impl Machine {
         let rsdp = acpi::write(&memory, acpi::Platform { vcpus: placement.vcpus(), pci_window_64 })?;
         let mut command_line = options.kernel.command_line.clone();
         if let Some(number) = placement.ivcpu {
-            command_line = format!("{command_line} {}", ivcpu::guest_command_line(number, fifo.is_some()));
+            command_line = format!("{command_line} {}", ivcpu::guest_command_line(number));
         }
         let entry = kernel::load(&memory, boot_files, &command_line, rsdp)?;
 

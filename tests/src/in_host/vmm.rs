@@ -171,11 +171,7 @@ impl VmConfig {
         option("-kernel", self.kernel.display().to_string());
         option("-initrd", self.image.display().to_string());
         let isolation = match self.ivcpu.then_some(self.application_vcpus) {
-            Some(n) => {
-                // An IVCPU that polls needs no timer tick.
-                let tick = if self.fifo.is_some() { "nohz," } else { "" };
-                format!(" isolcpus={tick}domain,{n} irqaffinity={n} ivcpu.cpu={n}")
-            }
+            Some(n) => format!(" isolcpus=domain,{n} irqaffinity={n} ivcpu.cpu={n}"),
             None => String::new(),
         };
         option("-append", self.command_line() + &isolation);
