@@ -35,7 +35,8 @@ impl Memory {
         let mapped = GuestMemoryMmap::from_ranges(&ranges)?;
         mapped.write_slice(IMAGE, GuestAddress(IMAGE_AT))?;
         registers::write_tables(&mapped)?;
-        let base = NonNull::new(mapped.get_host_address(GuestAddress(FIFO_AT))?).expect("a mapping is not at 0");
+        let base =
+            NonNull::new(mapped.get_host_address(GuestAddress(FIFO_AT))?).expect("a mapping is not at 0");
         // SAFETY: `fifo_size` bytes are mapped there as long as `mapped` lives, and nothing but the ABI crate, here
         // and in the guest, accesses them. `region` lends the handle out for no longer than `self`, see there.
         let region = unsafe { Region::create(base, fifo_size, Geometry::DEFAULT)? };

@@ -43,13 +43,15 @@ const LARGE_PAGE: u64 = 1 << 7;
 pub(crate) fn write_tables(memory: &GuestMemoryMmap) -> Result<(), GuestMemoryError> {
     memory.write_obj(GDT, GuestAddress(GDT_AT))?;
     memory.write_obj(INTERRUPT_STACK_TOP, GuestAddress(TASK_STATE_AT + TASK_STATE_STACK))?;
-    let gate = 0x8e00 << 32 | u64::from(KERNEL_CODE) << 16 | INTERRUPT_AT & 0xffff | (INTERRUPT_AT >> 16) << 48;
+    let gate =
+        0x8e00 << 32 | u64::from(KERNEL_CODE) << 16 | INTERRUPT_AT & 0xffff | (INTERRUPT_AT >> 16) << 48;
     memory.write_obj([gate, 0], GuestAddress(IDT_AT + 16 * u64::from(VECTOR)))?;
     // The first 16 MiB, mapped to themselves.
     let [level4, level3, level2] = [0, 1, 2].map(|level| PAGE_TABLES_AT + 0x1000 * level);
     memory.write_obj(level3 | PRESENT_WRITABLE_USER, GuestAddress(level4))?;
     memory.write_obj(level2 | PRESENT_WRITABLE_USER, GuestAddress(level3))?;
-    let pages: [u64; 8] = std::array::from_fn(|page| (page as u64) << 21 | PRESENT_WRITABLE_USER | LARGE_PAGE);
+    let pages: [u64; 8] =
+        std::array::from_fn(|page| (page as u64) << 21 | PRESENT_WRITABLE_USER | LARGE_PAGE);
     memory.write_obj(pages, GuestAddress(level2))
 }
 
