@@ -224,25 +224,27 @@ fn main() {
     let ways: [Way; 6] = [cache_line, fifo_awake, fifo_asleep, irqfd, ioeventfd, exit];
     let mut table =
         Table::new(["cache line", "FIFO, awake", "FIFO, asleep", "irqfd", "ioeventfd kick", "exit"]);
-    let [mut with, mut without, mut completions] = [const { Vec::new() }; 3];
+    let [mut before, mut with, mut after, mut completions] = [const { Vec::new() }; 4];
     for _ in 0..RUNS {
         for (index, way) in ways.iter().enumerate() {
             table.add(index, way(&mut machine, cpus));
         }
-        let [exits_with, received] = exits_with_completions(&mut machine, cpus);
-        let [exits_without, _] = exits(&mut machine, cpus, Job::Spin, |_| {});
-        with.push(exits_with);
+        let spinning = |machine: &mut Machine| exits(machine, cpus, Job::Spin, |_| {})[0];
+        before.push(spinning(&mut machine));
+        let [exits, received] = exits_with_completions(&mut machine, cpus);
+        with.push(exits);
         completions.push(received);
-        without.push(exits_without);
+        after.push(spinning(&mut machine));
     }
     println!(
         "from CPU {} into a vCPU on CPU {}, kicks and exits out of it, ns, medians of {RUNS} runs",
         cpus[0], cpus[1]
     );
     table.print(tick);
-    let [with, without, completions] = [with, without, completions].map(median);
+    let [before, with, after, completions] = [before, with, after, completions].map(median);
     println!(
-        "exits of the vCPU in {} ms: {with} while it received {completions} completions, {without} while it spun",
+        "exits of the vCPU in {} ms: {with} while it received {completions} completions; {before} before and {after} \
+         after, while it spun",
         WINDOW.as_millis()
     );
     println!(

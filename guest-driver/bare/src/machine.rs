@@ -1,10 +1,11 @@
 //! The VM: guest memory, one vCPU, an irqfd and an ioeventfd.
 
 use std::io;
+use std::os::fd::AsRawFd;
 
 use kvm_bindings::{
-    KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KvmIrqRouting, kvm_irq_routing_entry,
-    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi,
+    KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, KvmIrqRouting,
+    kvm_device_attr, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -119,6 +120,25 @@ fn connect(vm: &VmFd) -> Result<[EventFd; 2], Error> {
     Ok([interrupt, kick])
 }
 
+nix::ioctl_write_ptr!(kvm_set_device_attr, KVMIO, 0xe1, kvm_device_attr);
+
+/// Makes the guest read the host's cycle counter, so that times taken on both sides can be compared.
+fn show_host_clock(vcpu: &VcpuFd) -> Result<(), Error> {
+    let offset = 0u64;
+    let attribute = kvm_device_attr {
+        group: KVM_VCPU_TSC_CTRL,
+        attr: KVM_VCPU_TSC_OFFSET.into(),
+        addr: (&raw const offset).addr() as u64,
+        ..Default::default()
+    };
+    // SAFETY: the kernel reads the attribute and the offset it points to, both alive; `vcpu` is open.
+    unsafe { kvm_set_device_attr(vcpu.as_raw_fd(), &attribute) }.map_err(|errno| Error::Kvm {
+        step: "KVM_VCPU_TSC_OFFSET",
+        source: kvm_ioctls::Error::new(errno as i32),
+    })?;
+    Ok(())
+}
+
 /// The vCPU.
 #[derive(Debug)]
 pub struct Vcpu {
@@ -138,6 +158,7 @@ impl Vcpu {
         apic.regs[SPURIOUS] = 0xffu8 as _;
         apic.regs[SPURIOUS + 1] = 1;
         fd.set_lapic(&apic).map_err(Error::kvm("KVM_SET_LAPIC"))?;
+        show_host_clock(&fd)?;
         Ok(Self { fd })
     }
 
