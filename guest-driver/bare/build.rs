@@ -34,7 +34,14 @@ fn main() {
 
 fn rustc<const N: usize>(source: &str, output: &Path, options: [String; N]) {
     let status = Command::new(variable("RUSTC"))
-        .args(["--edition=2024", "--target", &variable("TARGET"), "-Copt-level=3", "-Cpanic=abort"])
+        .args([
+            "--edition=2024",
+            "--target",
+            &variable("TARGET"),
+            "-Copt-level=3",
+            "-Cpanic=abort",
+            "-Cstrip=debuginfo",
+        ])
         .args(options)
         .arg("-o")
         .arg(output)

@@ -26,7 +26,6 @@ const PAUSE: u64 = 60_000;
 ///
 /// Called by the host alone, with the memory of `mailbox.rs` there and mapped to itself.
 #[unsafe(no_mangle)]
-#[unsafe(link_section = ".text.start")]
 unsafe extern "sysv64" fn start(job: u64, count: u64) -> ! {
     // SAFETY: the host has put a zeroed mailbox there, and everything in it is atomic.
     let mailbox = unsafe { &*(MAILBOX_AT as *const Mailbox) };

@@ -10,6 +10,6 @@ pub mod mailbox;
 mod memory;
 mod registers;
 
-pub use exits::Exits;
+pub use exits::{Count, Exits};
 pub use machine::{Error, Machine, Vcpu};
 pub use memory::Memory;

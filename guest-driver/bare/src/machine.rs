@@ -45,6 +45,9 @@ pub enum Error {
     /// Guest memory could not be mapped.
     #[error("cannot map guest memory")]
     Map(#[from] vm_memory::mmap::FromRangesError),
+    /// The guest's program could not be loaded.
+    #[error("cannot load the guest's program")]
+    Load(#[from] linux_loader::loader::Error),
     /// Guest memory could not be filled.
     #[error("cannot write to guest memory")]
     Write(#[from] vm_memory::GuestMemoryError),
@@ -98,7 +101,10 @@ impl Machine {
     /// Lets the vCPU begin with a job at its next [`Vcpu::run`].
     pub fn start(&mut self, job: Job, count: u64) -> Result<(), Error> {
         self.memory.clear_mailbox();
-        self.vcpu.fd.set_regs(&registers::of_job(job, count)).map_err(Error::kvm("KVM_SET_REGS"))
+        self.vcpu
+            .fd
+            .set_regs(&registers::of_job(self.memory.entry(), job, count))
+            .map_err(Error::kvm("KVM_SET_REGS"))
     }
 }
 
@@ -162,7 +168,7 @@ impl Vcpu {
         Ok(Self { fd })
     }
 
-    /// KVM's count of this vCPU's exits.
+    /// KVM's counts of this vCPU's exits.
     pub fn exits(&self) -> Result<Exits, Error> {
         Exits::of(&self.fd).map_err(Error::Exits)
     }

@@ -4,12 +4,8 @@
 
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
-/// The guest's program. Its linker script has the same three addresses.
-pub const IMAGE_AT: u64 = 0x20_0000;
-/// Its interrupt handler.
-pub const INTERRUPT_AT: u64 = IMAGE_AT;
-/// Its first instruction.
-pub const START_AT: u64 = IMAGE_AT + 0x100;
+/// The guest's interrupt handler; the rest of its program follows. Its linker script has the same address.
+pub const INTERRUPT_AT: u64 = 0x20_0000;
 /// Where the stack begins, downwards.
 pub const STACK_TOP: u64 = 0x40_0000;
 /// The [`Mailbox`].

@@ -1,19 +1,21 @@
 //! Guest memory: RAM with the guest's program and the mailbox, and the FIFO region in a slot of its own.
 
+use std::io::Cursor;
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering::Relaxed;
 
 use ivcpu_abi::{Geometry, Region};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use linux_loader::loader::{Elf, KernelLoader};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::machine::Error;
-use crate::mailbox::{FIFO_AT, IMAGE_AT, MAILBOX_AT, Mailbox};
+use crate::mailbox::{FIFO_AT, MAILBOX_AT, Mailbox};
 use crate::registers;
 
 /// The guest's program, compiled by the build script.
-const IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest"));
+const PROGRAM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest"));
 
 const _: () = {
     assert!(MAILBOX_AT.is_multiple_of(align_of::<Mailbox>() as u64));
@@ -25,6 +27,7 @@ const _: () = {
 pub struct Memory {
     mapped: GuestMemoryMmap,
     region: Region,
+    entry: u64,
 }
 
 impl Memory {
@@ -33,14 +36,14 @@ impl Memory {
         let fifo_size = Geometry::DEFAULT.region_size();
         let ranges = [(GuestAddress(0), FIFO_AT as usize), (GuestAddress(FIFO_AT), fifo_size)];
         let mapped = GuestMemoryMmap::from_ranges(&ranges)?;
-        mapped.write_slice(IMAGE, GuestAddress(IMAGE_AT))?;
+        let program = Elf::load(&mapped, None, &mut Cursor::new(PROGRAM), None)?;
         registers::write_tables(&mapped)?;
         let base =
             NonNull::new(mapped.get_host_address(GuestAddress(FIFO_AT))?).expect("a mapping is not at 0");
         // SAFETY: `fifo_size` bytes are mapped there as long as `mapped` lives, and nothing but the ABI crate, here
         // and in the guest, accesses them. `region` lends the handle out for no longer than `self`, see there.
         let region = unsafe { Region::create(base, fifo_size, Geometry::DEFAULT)? };
-        Ok(Self { mapped, region })
+        Ok(Self { mapped, region, entry: program.kernel_load.raw_value() })
     }
 
     /// Shows the memory to a VM.
@@ -58,6 +61,11 @@ impl Memory {
             unsafe { vm.set_user_memory_region(slot) }.map_err(Error::kvm("KVM_SET_USER_MEMORY_REGION"))?;
         }
         Ok(())
+    }
+
+    /// The guest-physical address of the program's first instruction.
+    pub(crate) fn entry(&self) -> u64 {
+        self.entry
     }
 
     /// The FIFO region. Not to be used after `self` is gone.

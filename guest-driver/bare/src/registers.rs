@@ -8,7 +8,7 @@ use std::mem::size_of;
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
-use crate::mailbox::{INTERRUPT_AT, Job, STACK_TOP, START_AT};
+use crate::mailbox::{INTERRUPT_AT, Job, STACK_TOP};
 
 const GDT_AT: u64 = 0x1000;
 const TASK_STATE_AT: u64 = 0x2000;
@@ -82,13 +82,13 @@ pub(crate) fn enter_user_mode(registers: &mut kvm_sregs) {
     registers.apic_base |= X2APIC;
 }
 
-/// The registers with which a job starts.
-pub(crate) fn of_job(job: Job, count: u64) -> kvm_regs {
+/// The registers with which a job starts at `entry`.
+pub(crate) fn of_job(entry: u64, job: Job, count: u64) -> kvm_regs {
     const ALWAYS_SET: u64 = 1 << 1;
     const INTERRUPTS_ON: u64 = 1 << 9;
     let interrupts = if job == Job::Interrupt { INTERRUPTS_ON } else { 0 };
     kvm_regs {
-        rip: START_AT,
+        rip: entry,
         // As after a call: a function expects its return address there.
         rsp: STACK_TOP - size_of::<u64>() as u64,
         rdi: job as u64,

@@ -1,5 +1,6 @@
 //! The guest on this machine's KVM: what it is handed, what it costs in exits, how it sleeps. Counts, never times.
 
+use std::hint;
 use std::io::{Write, stderr};
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::thread;
@@ -7,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use ivcpu_abi::{Producer, Push, Reason, Source};
 use ivcpu_bare::mailbox::{Job, Mailbox, RINGS, Report, SOURCES};
-use ivcpu_bare::{Error, Machine};
+use ivcpu_bare::{Count, Error, Machine};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Longer than a busy machine takes to run a thread again, by far.
 const PATIENCE: Duration = Duration::from_secs(20);
-const COMPLETIONS: u64 = 20_000;
+const COMPLETIONS: u64 = 5_000;
 
 fn machine() -> Option<Machine> {
     match Machine::new() {
@@ -29,7 +30,14 @@ fn machine() -> Option<Machine> {
 
 fn wait_until(what: &str, condition: impl Fn() -> bool) {
     let start = Instant::now();
-    while !condition() {
+    loop {
+        // Mostly it is a matter of nanoseconds; on a busy machine of other threads' turns.
+        for _ in 0..10_000 {
+            if condition() {
+                return;
+            }
+            hint::spin_loop();
+        }
         assert!(start.elapsed() < PATIENCE, "waited in vain until {what}");
         thread::yield_now();
     }
@@ -136,9 +144,10 @@ fn completions_reach_an_awake_guest_without_exits() {
     let Some(mut machine) = machine() else { return };
     let (call, exits) = (EventFd::new(0).unwrap(), machine.vcpu.exits().unwrap());
     let mut queues = Queues::new(&machine);
-    let (mut took, mut with) = (Duration::ZERO, 0);
+    let count = || exits.count().unwrap();
+    let (mut took, mut with, mut without) = (Duration::ZERO, count(), count());
     let reports = run(&mut machine, Job::Fifo, u64::MAX, &call, |mailbox| {
-        let (start, before) = (Instant::now(), exits.count().unwrap());
+        let (start, before) = (Instant::now(), count());
         for completion in 1..=COMPLETIONS {
             queues.complete(mailbox, &call);
             if completion % 3 == 0 {
@@ -146,22 +155,22 @@ fn completions_reach_an_awake_guest_without_exits() {
             }
         }
         queues.wait_until_seen(mailbox);
-        (took, with) = (start.elapsed(), exits.count().unwrap() - before);
+        (took, with) = (start.elapsed(), count().since(before));
         queues.assert_handed_out(mailbox);
     });
     assert_eq!((reports, queues.called), (1, 0), "it left only when it was told to");
 
-    let mut without = 0;
     run(&mut machine, Job::Spin, u64::MAX, &call, |mailbox| {
-        let before = exits.count().unwrap();
+        let before = count();
         thread::sleep(took);
-        without = exits.count().unwrap() - before;
+        without = count().since(before);
         assert_eq!(mailbox.received.0.load(Acquire), 0);
     });
-    // The host's own interrupts take a vCPU out, and their number varies. Those of completions would be as many as these.
+    // The host's own interrupts depend on what else the machine does. Of the others a few are first accesses to pages.
+    let own = |exits: Count| exits.all - exits.interrupted;
     assert!(
-        with <= without + queues.queued / 50,
-        "{with} exits with {} completions, {without} without",
+        own(with) <= own(without) + 64,
+        "{with:?} with {} completions, {without:?} without",
         queues.queued
     );
 }
@@ -178,7 +187,7 @@ fn a_sleeping_guest_is_called_and_loses_nothing() {
                 queues.wait_until_seen(mailbox);
                 // Now the guest is about to sleep, and the longer pauses find it asleep.
                 for _ in 0..queues.random(4_000) {
-                    std::hint::spin_loop();
+                    hint::spin_loop();
                 }
             }
         }
