@@ -17,6 +17,8 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::*};
 use ivcpu_abi::{Completion, Consumer, Geometry, Region, Sleep};
 use mailbox::*;
 
+/// Looks in vain after which a consumer that may sleep does.
+const LOOKS: u64 = 1_024;
 /// Ticks between a kick or exit and the next.
 const PAUSE: u64 = 60_000;
 
@@ -67,14 +69,17 @@ impl Work {
 
     fn consume(&self, sleepy: bool) {
         let Some(mut consumer) = attach() else { return report(Report::Broken) };
+        let mut idle = 0;
         self.receive(|_| {
             let Some(completion) = consumer.poll() else {
-                if sleepy && consumer.prepare_sleep() == Sleep::Now {
+                idle += 1;
+                if sleepy && idle > LOOKS && consumer.prepare_sleep() == Sleep::Now {
                     report(Report::Asleep);
                     consumer.wake();
                 }
                 return false;
             };
+            idle = 0;
             self.look_at_used_ring(completion);
             true
         });
