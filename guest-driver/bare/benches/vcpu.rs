@@ -1,8 +1,8 @@
 //! What it takes to hand a completion to a guest on a real vCPU: `cargo bench -p ivcpu-bare`.
 //!
-//! Beside each other in one run, from a host thread to the vCPU: a bare cache line, the FIFO with its consumer awake
-//! and asleep, and an interrupt by irqfd; and the other way a kick by ioeventfd and an exit to user space. How
-//! is said in `measure`. Last, the exits KVM counts while completions come, and while the guest only spins.
+//! Beside each other in one run, from a host thread to the vCPU: a bare cache line, the FIFO with its consumer
+//! awake and asleep, and an interrupt by irqfd; the other way a kick by ioeventfd and an exit to user space. How is
+//! said in `measure`. Besides, the exits KVM counts while completions come, and while the guest only spins.
 
 #[path = "../../abi/benches/measure/mod.rs"]
 mod measure;
@@ -169,7 +169,7 @@ fn exit(machine: &mut Machine, cpus: [usize; 2]) -> Figures {
     from_guest(memory, &noticed_at)
 }
 
-/// Exits of a vCPU in [`WINDOW`], and the hand-overs it received.
+/// Exits of the vCPU in [`WINDOW`], and the hand-overs it received by the end.
 fn exits(machine: &mut Machine, cpus: [usize; 2], job: Job, mut send: impl FnMut(u64) + Send) -> [f64; 2] {
     start(machine, job, usize::MAX);
     let exits = machine.vcpu.exits().unwrap_or_else(|error| fail(error));
@@ -224,24 +224,23 @@ fn main() {
     let ways: [Way; 6] = [cache_line, fifo_awake, fifo_asleep, irqfd, ioeventfd, exit];
     let mut table =
         Table::new(["cache line", "FIFO, awake", "FIFO, asleep", "irqfd", "ioeventfd kick", "exit"]);
-    let [mut before, mut with, mut after, mut completions] = [const { Vec::new() }; 4];
+    let mut windows = Vec::new();
     for _ in 0..RUNS {
         for (index, way) in ways.iter().enumerate() {
             table.add(index, way(&mut machine, cpus));
         }
-        let spinning = |machine: &mut Machine| exits(machine, cpus, Job::Spin, |_| {})[0];
-        before.push(spinning(&mut machine));
-        let [exits, received] = exits_with_completions(&mut machine, cpus);
-        with.push(exits);
-        completions.push(received);
-        after.push(spinning(&mut machine));
+        let [before, _] = exits(&mut machine, cpus, Job::Spin, |_| {});
+        let [with, completions] = exits_with_completions(&mut machine, cpus);
+        let [after, _] = exits(&mut machine, cpus, Job::Spin, |_| {});
+        windows.push([before, with, after, completions, 2.0 * with / (before + after)]);
     }
     println!(
         "from CPU {} into a vCPU on CPU {}, kicks and exits out of it, ns, medians of {RUNS} runs",
         cpus[0], cpus[1]
     );
     table.print(tick);
-    let [before, with, after, completions] = [before, with, after, completions].map(median);
+    let [before, with, after, completions, exits_ratio] =
+        [0, 1, 2, 3, 4].map(|at| median(windows.iter().map(|window| window[at]).collect()));
     println!(
         "exits of the vCPU in {} ms: {with} while it received {completions} completions; {before} before and {after} \
          after, while it spun",
@@ -249,7 +248,8 @@ fn main() {
     );
     println!(
         "vcpu: FIFO awake = {:.2} x the cache line (target: at most 2); irqfd = {:.1} x FIFO awake (target: at \
-         least 20); ioeventfd kick = {:.1} x, exit = {:.1} x FIFO awake",
+         least 20); ioeventfd kick = {:.1} x, exit = {:.1} x FIFO awake; exits with completions = {exits_ratio:.2} x \
+         those of spinning (target: no more)",
         table.ratio(1, 0),
         table.ratio(3, 1),
         table.ratio(4, 1),

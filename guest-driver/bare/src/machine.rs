@@ -178,7 +178,7 @@ impl Vcpu {
         let broken = match self.fd.run() {
             Ok(VcpuExit::MmioWrite(REPORT_AT, word)) => {
                 match word.try_into().ok().map(u64::from_le_bytes).and_then(Report::from_word) {
-                    Some(Report::Broken) | None => "its program panicked".to_owned(),
+                    Some(Report::Broken) | None => "its program panicked, or found no FIFO region".to_owned(),
                     Some(report) => return Ok(report),
                 }
             }

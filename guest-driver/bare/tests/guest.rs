@@ -1,4 +1,4 @@
-//! The guest on this machine's KVM: what it is handed, what it costs in exits, how it sleeps. Counts, never times.
+//! The guest on this machine's KVM: what it is handed, what it costs in exits, how it sleeps. By counts, not times.
 
 #[allow(dead_code, reason = "a test does not measure")]
 #[path = "../../abi/benches/measure/mod.rs"]
@@ -176,7 +176,7 @@ fn completions_reach_an_awake_guest_without_exits() {
         without = count().since(before);
         assert_eq!(mailbox.received.0.load(Acquire), 0);
     });
-    // The host's own interrupts depend on what else the machine does. Of the others a few are first accesses to pages.
+    // The host's own interrupts depend on what else the machine does. Of the others some are first uses of a page.
     let own = |exits: Count| exits.all - exits.interrupted;
     assert!(
         own(with) <= own(without) + 64,
