@@ -17,8 +17,8 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::*};
 use ivcpu_abi::{Completion, Consumer, Geometry, Region, Sleep};
 use mailbox::*;
 
-/// Looks in vain after which a consumer that may sleep does.
-const LOOKS: u64 = 1_024;
+/// Ticks without work after which a consumer that may sleep does.
+const SPIN: u64 = 20_000;
 /// Ticks between a kick or exit and the next.
 const PAUSE: u64 = 60_000;
 
@@ -33,8 +33,8 @@ unsafe extern "sysv64" fn start(job: u64, count: u64) -> ! {
     let mailbox = unsafe { &*(MAILBOX_AT as *const Mailbox) };
     let work = Work { mailbox, count };
     match Job::from_word(job) {
-        Some(Job::Spin) => work.receive(|_| false),
-        Some(Job::Line) => work.receive(|received| mailbox.line.0.load(Acquire) > received),
+        Some(Job::Spin) => work.receive(|_| None::<()>, drop),
+        Some(Job::Line) => work.receive(|received| (mailbox.line.0.load(Acquire) > received).then_some(()), drop),
         Some(Job::Fifo) => work.consume(false),
         Some(Job::SleepyFifo) => work.consume(true),
         Some(Job::Interrupt) => work.take_interrupts(),
@@ -54,13 +54,15 @@ struct Work {
 }
 
 impl Work {
-    /// Spins until `look`, given what has been received so far, finds the next hand-over, and so on.
-    fn receive(&self, mut look: impl FnMut(u64) -> bool) {
+    /// Spins until `look`, given how many have been received so far, finds the next hand-over; notes the time, deals
+    /// with it by `then`; and so on.
+    fn receive<T>(&self, mut look: impl FnMut(u64) -> Option<T>, mut then: impl FnMut(T)) {
         self.mailbox.ready.0.store(1, Release);
         let mut received = 0;
         while received < self.count && !self.is_stopped() {
-            if look(received) {
+            if let Some(found) = look(received) {
                 self.note(&self.mailbox.at, received, ticks());
+                then(found);
                 received += 1;
                 self.mailbox.received.0.store(received, Release);
             }
@@ -69,20 +71,21 @@ impl Work {
 
     fn consume(&self, sleepy: bool) {
         let Some(mut consumer) = attach() else { return report(Report::Broken) };
-        let mut idle = 0;
-        self.receive(|_| {
-            let Some(completion) = consumer.poll() else {
-                idle += 1;
-                if sleepy && idle > LOOKS && consumer.prepare_sleep() == Sleep::Now {
-                    report(Report::Asleep);
-                    consumer.wake();
-                }
-                return false;
-            };
-            idle = 0;
-            self.look_at_used_ring(completion);
-            true
-        });
+        let mut idle_since = None;
+        let look = |_| {
+            let completion = consumer.poll();
+            if completion.is_some() {
+                idle_since = None;
+            } else if sleepy
+                && ticks() - *idle_since.get_or_insert_with(ticks) > SPIN
+                && consumer.prepare_sleep() == Sleep::Now
+            {
+                report(Report::Asleep);
+                consumer.wake();
+            }
+            completion
+        };
+        self.receive(look, |completion| self.look_at_used_ring(completion));
         consumer.detach(|_| {});
     }
 
@@ -94,7 +97,7 @@ impl Work {
     }
 
     fn take_interrupts(&self) {
-        self.receive(|received| self.mailbox.interrupts.load(Relaxed) > received);
+        self.receive(|received| (self.mailbox.interrupts.load(Relaxed) > received).then_some(()), drop);
     }
 
     /// Writes `value` to `address`, which is no memory, and waits until the host has noticed; and so on.
