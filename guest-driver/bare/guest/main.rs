@@ -34,7 +34,9 @@ unsafe extern "sysv64" fn start(job: u64, count: u64) -> ! {
     let work = Work { mailbox, count };
     match Job::from_word(job) {
         Some(Job::Spin) => work.receive(|_| None::<()>, drop),
-        Some(Job::Line) => work.receive(|received| (mailbox.line.0.load(Acquire) > received).then_some(()), drop),
+        Some(Job::Line) => {
+            work.receive(|received| (mailbox.line.0.load(Acquire) > received).then_some(()), drop)
+        }
         Some(Job::Fifo) => work.consume(false),
         Some(Job::SleepyFifo) => work.consume(true),
         Some(Job::Interrupt) => work.take_interrupts(),
