@@ -38,6 +38,8 @@ pub struct Window {
     pub fifo: Option<FifoCounts>,
     /// CPU seconds by pCPU.
     pub cpu_seconds: Vec<f64>,
+    /// Something outside the guest took what it left of the application's pCPUs: their CPU time says nothing.
+    pub application_is_filled: bool,
     /// Bystander iterations per CPU second of the application's pCPUs.
     pub bystander_rate: Option<f64>,
     /// The NIC's interrupts as the guest counted them.
@@ -152,7 +154,9 @@ pub fn of_load(traffic: &Load, control: &Load, roles: &[Role]) -> Figures {
         _ => None,
     };
     // Without a bystander all of the application's time is the traffic's, idle polling included.
-    let bystanders_part = if traffic.windows.iter().all(|w| w.bystander_rate.is_none()) {
+    let bystanders_part = if traffic.windows.iter().any(|w| w.application_is_filled) {
+        None
+    } else if traffic.windows.iter().all(|w| w.bystander_rate.is_none()) {
         Some(0.0)
     } else {
         bystander.map(|b| b.share)
@@ -298,6 +302,17 @@ mod tests {
         let load = load(vec![window([1, 1], 10, 1.0)]);
         let f = of_load(&load, &load, &[Role::App, Role::Wire]);
         assert_eq!(f.cpu_seconds_per_gb, None);
+    }
+
+    #[test]
+    fn a_filled_pcpu_has_no_price_and_an_unaccompanied_one_is_billed_whole() {
+        let mut alone = window([1, 1], 1_000_000_000, 1.0);
+        alone.bystander_rate = None;
+        let control = load(vec![window([1, 1], 0, 1.0)]);
+        let roles = [Role::App, Role::Backend];
+        let price = |window: Window| of_load(&load(vec![window]), &control, &roles).cpu_seconds_per_gb;
+        assert_eq!(price(alone.clone()), Some(3.0));
+        assert_eq!(price(Window { application_is_filled: true, ..alone }), None);
     }
 
     #[test]
