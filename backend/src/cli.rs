@@ -69,7 +69,7 @@ pub struct Options {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Make FIFO regions.
-    #[command(subcommand)]
+    #[command(subcommand, arg_required_else_help = false)]
     Fifo(FifoCommand),
 }
 

@@ -85,7 +85,7 @@ pub struct UsedRing {
     /// The address.
     pub address: u64,
     /// Which start of the ring this is.
-    start: Wrapping<u32>,
+    pub start: Wrapping<u32>,
 }
 
 /// One virtqueue.

@@ -159,6 +159,19 @@ fn a_ring_outside_of_memory_or_of_an_odd_size_never_runs() {
 }
 
 #[test]
+fn another_start_at_the_same_address_is_another_used_ring() {
+    let memory = guest(&[], &[], 0);
+    let mut ring = ring(&memory, Access::Read, 1 << 32);
+    let first = ring.used_ring().unwrap();
+    assert_eq!((first.address, ring.used_ring()), (USED, Some(first)));
+    ring.set_started(false);
+    assert_eq!(ring.used_ring(), None);
+    ring.set_started(true);
+    let second = ring.used_ring().unwrap();
+    assert!(second.address == USED && second != first);
+}
+
+#[test]
 fn what_was_taken_and_not_given_back_is_taken_again_from_new_memory() {
     let table = [(0x4000, 1000, 2, 0); SIZE as usize];
     let heads: Vec<u16> = (0..SIZE).collect();

@@ -61,6 +61,7 @@ fn stock_guest(host: &Host, queue_pairs: u16) -> Result<VmConfig> {
         kernel_words: String::new(),
         application_vcpus: 2,
         layout: Layout::Pinned,
+        fifo: None,
         ivcpu: false,
         pv_eoi: true,
         net: Net::VhostNet,

@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use ivcpu_lab::figures;
+use ivcpu_lab::in_host::flow::move_both_ways;
 use ivcpu_lab::in_host::measure::{Plan, measure, queue_interrupts};
 use ivcpu_lab::in_host::{Host, Setup, Testbed};
 use ivcpu_lab::result::{Mode, Role};
-use ivcpu_lab::traffic::{Traffic, Workload};
+use ivcpu_lab::traffic::Workload;
 use ivcpu_lab::trial::in_emulated_host;
 use ivcpu_vmm::exits::Row;
 
@@ -19,15 +20,7 @@ const SERVICE: Duration = Duration::from_secs(5);
 /// Moves traffic both ways and checks who took the queues' interrupts.
 fn all_interrupts_on_the_ivcpu(testbed: &mut Testbed, connections: u16) -> Result<()> {
     let before = testbed.vm.interrupts()?;
-    for workload in [Workload::TcpOut, Workload::TcpIn] {
-        let traffic = Traffic { connections, ..Traffic::new(workload) };
-        let wire_end = testbed.wire.listen(traffic)?;
-        testbed.vm.start_traffic(traffic)?;
-        sleep(Duration::from_secs(3));
-        let guest_end = testbed.vm.stop_traffic()?;
-        let wire_end = wire_end.stop();
-        ensure!(guest_end.failure.is_none() && wire_end.failure.is_none(), "{guest_end:?} {wire_end:?}");
-    }
+    move_both_ways(testbed, connections, 3)?;
     let after = testbed.vm.interrupts()?;
     let irqs = queue_interrupts(&before, &after, testbed.ivcpu())?;
     let on_ivcpu = irqs.ivcpu.unwrap_or(0);
@@ -67,7 +60,8 @@ fn two_queue_pairs_and_again_after_the_driver_spread_them() -> Result<()> {
 /// IPIs that wake its vCPUs: each costs its receiver an exit when it arrives and one when it is acknowledged, and may
 /// cost a timer interrupt that arrives beside it the paravirtual end of interrupt.
 fn exits_are_on_the_ivcpu(host: &mut Host, setup: Setup) -> Result<()> {
-    let plan = Plan { setup, workloads: vec![Workload::TcpOut, Workload::TcpIn], windows: 3, seconds: 2.0 };
+    let workloads = vec![Workload::TcpOut, Workload::TcpIn];
+    let plan = Plan { setup, workloads, windows: 3, seconds: 2.0, entries: None, with_bystander: true };
     let measured = measure(host, &plan)?;
     for (workload, load) in plan.workloads.iter().zip(&measured.workloads) {
         let figures = figures::of_load(load, &measured.control, &measured.roles);

@@ -9,7 +9,7 @@ use ivcpu_lab::trial::in_emulated_host_with_guest;
 
 fn boots_and_moves_traffic(host: &Host, kernel: Kernel) -> Result<()> {
     let mut testbed = Testbed::start(host, &Setup { kernel, ..Setup::default() })?;
-    move_both_ways(&mut testbed, 1)?;
+    move_both_ways(&mut testbed, 1, 2)?;
     ensure!(testbed.vm.power_off()?.success());
     Ok(())
 }

@@ -12,7 +12,7 @@ fn stock_qemu(queue_pairs: u16) -> Setup {
 
 fn moves_checked_bytes_both_ways(host: &Host, queue_pairs: u16) -> Result<()> {
     let mut testbed = Testbed::start(host, &stock_qemu(queue_pairs))?;
-    move_both_ways(&mut testbed, queue_pairs)?;
+    move_both_ways(&mut testbed, queue_pairs, 2)?;
     let stats = testbed.backend.as_ref().map(|backend| backend.stats()).transpose()?;
     let moved: Vec<_> = stats.iter().flat_map(|stats| &stats.queues).map(|queue| queue.packets).collect();
     ensure!(moved.iter().sum::<u64>() > 0, "the backend moved {moved:?} frames");

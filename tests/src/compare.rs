@@ -24,6 +24,12 @@ use crate::workspace::Workspace;
 /// How often one comparison may start a stuck emulated host anew.
 const RESTARTS: u32 = 3;
 const ALL: [Workload; 3] = [Workload::TcpOut, Workload::TcpIn, Workload::TcpRr];
+/// Longer than any window: the IVCPU never sleeps in one.
+const NO_SLEEP_US: u64 = 60_000_000;
+/// Longer than any gap in the emulated host, also of a vCPU that has next to nothing to do.
+const HALT_POLL_US: u64 = 1_000_000;
+/// FIFO entries that say how few exits are left.
+const ENTRIES: u64 = 10_000;
 const STREAMS: [Workload; 2] = [Workload::TcpOut, Workload::TcpIn];
 
 /// What to compare, and how long.
@@ -56,6 +62,7 @@ pub fn compare(workspace: &Workspace, options: &CompareOptions) -> anyhow::Resul
     let provision = Provision::new(workspace);
     provision.tools()?;
     provision.qemu()?;
+    provision.make()?;
     let mut place = if options.native {
         workspace.build()?;
         prepare_guest(workspace, &provision, options.kernel)?;
@@ -68,7 +75,7 @@ pub fn compare(workspace: &Workspace, options: &CompareOptions) -> anyhow::Resul
     let mut outcomes = Outcomes::default();
     let begin = Instant::now();
     for (number, plan) in plans.iter().enumerate() {
-        eprintln!("lab: {} of {}: {}", number + 1, plans.len(), describe(&plan.setup));
+        eprintln!("lab: {} of {}: {}", number + 1, plans.len(), describe(plan));
         let mut measured = place.measure(plan);
         if let Err(error) = &measured {
             // A guest that the emulator lost is no figure; one that fails twice is.
@@ -95,16 +102,8 @@ pub fn compare(workspace: &Workspace, options: &CompareOptions) -> anyhow::Resul
 
 /// What runs, in this order: the side-by-side pair in alternation, then the rest.
 fn plans(options: &CompareOptions) -> Vec<Plan> {
-    let base = Setup {
-        vmm: Vmm::IvcpuVmm,
-        backend: Backend::Ivcpu,
-        mode: Mode::Stock,
-        layout: Layout::Pinned,
-        pv_eoi: true,
-        queue_pairs: 1,
-        poll_us: Some("0".into()),
-        kernel: options.kernel,
-    };
+    let base =
+        Setup { mode: Mode::Stock, poll_us: Some("0".into()), kernel: options.kernel, ..Setup::default() };
     let spinning = Setup { poll_us: Some("always".into()), ..base.clone() };
     let irq = Setup { mode: Mode::Irq, ..spinning.clone() };
     let outside = Setup { vmm: Vmm::Qemu, backend: Backend::VhostNet, poll_us: None, ..base.clone() };
@@ -113,6 +112,8 @@ fn plans(options: &CompareOptions) -> Vec<Plan> {
         workloads: workloads.to_vec(),
         windows: windows.into(),
         seconds: options.seconds,
+        entries: None,
+        with_bystander: true,
     };
     let mut plans = Vec::new();
     for round in 0..options.windows {
@@ -121,6 +122,17 @@ fn plans(options: &CompareOptions) -> Vec<Plan> {
     }
     plans.push(plan(&spinning, &ALL, options.windows));
     plans.push(plan(&irq, &ALL, options.windows));
+    plans.push(plan(&Setup { mode: Mode::ThreadedNapi, ..irq.clone() }, &ALL, options.windows));
+    // Spinning without end, so that the control spins too.
+    let fifo = Setup { mode: Mode::Fifo, ivcpu_poll_us: Some(NO_SLEEP_US), ..irq.clone() };
+    plans.push(plan(&fifo, &ALL, options.windows));
+    // Exits alone: no bystander that an IPI could interrupt, so each IPI that is left wakes a halted vCPU.
+    let alone = |setup: &Setup| Plan { with_bystander: false, ..plan(setup, &ALL, options.windows) };
+    plans.push(alone(&irq));
+    let enough = |setup: &Setup| Plan { entries: Some(ENTRIES), ..alone(setup) };
+    plans.push(enough(&fifo));
+    plans.push(enough(&Setup { halt_poll_us: Some(HALT_POLL_US), ..fifo.clone() }));
+    plans.push(alone(&Setup { vmm: Vmm::Qemu, ..fifo }));
     // Two poll threads share the backend's one pCPU: if neither ever slept, each would spin away the other's time.
     let two_pairs = Setup { queue_pairs: 2, poll_us: Some("50".into()), ..irq.clone() };
     plans.push(plan(&two_pairs, &STREAMS, options.windows));
@@ -133,7 +145,8 @@ fn plans(options: &CompareOptions) -> Vec<Plan> {
     plans
 }
 
-fn key(setup: &Setup, workload: Workload) -> CaseKey {
+fn key(plan: &Plan, workload: Workload) -> CaseKey {
+    let setup = &plan.setup;
     CaseKey {
         vmm: setup.vmm,
         path: Path::Software,
@@ -144,11 +157,13 @@ fn key(setup: &Setup, workload: Workload) -> CaseKey {
         pv_eoi: setup.pv_eoi,
         queue_pairs: setup.queue_pairs,
         poll_us: setup.poll_us.clone(),
+        halt_poll_us: setup.halt_poll_us,
+        with_bystander: plan.with_bystander,
     }
 }
 
-fn describe(setup: &Setup) -> String {
-    let key = key(setup, Workload::TcpOut).to_string();
+fn describe(plan: &Plan) -> String {
+    let key = key(plan, Workload::TcpOut).to_string();
     key.replace("/tcp-out/", "/")
 }
 
@@ -245,7 +260,8 @@ fn measure_inside(
 ) -> Result<anyhow::Result<Measured>, emulated_host::Error> {
     let run = host.command(["ivcpu-lab".to_owned(), "measure".to_owned()].into_iter().chain(plan.words()));
     let windows = (1 + plan.workloads.len()) * plan.windows;
-    let deadline = Duration::from_secs_f64(120.0 + windows as f64 * (plan.seconds * 3.0 + 10.0));
+    let waiting = if plan.entries.is_some() { 120.0 * plan.workloads.len() as f64 } else { 0.0 };
+    let deadline = Duration::from_secs_f64(120.0 + waiting + windows as f64 * (plan.seconds * 3.0 + 10.0));
     let (mut output, mut errors) = (Vec::new(), Vec::new());
     let status = host.run(&run, Input::Empty, Some(deadline), |error, bytes| {
         if error { &mut errors } else { &mut output }.extend_from_slice(bytes);
@@ -266,7 +282,8 @@ struct Outcomes {
 
 impl Outcomes {
     fn add(&mut self, plan: &Plan, outcome: Result<Measured, String>) {
-        match (self.setups.iter_mut().find(|(known, _)| known.setup == plan.setup), outcome) {
+        let same = |known: &Plan| known.setup == plan.setup && known.with_bystander == plan.with_bystander;
+        match (self.setups.iter_mut().find(|(known, _)| same(known)), outcome) {
             (None, outcome) => self.setups.push((plan.clone(), outcome)),
             (Some((_, Ok(sum))), Ok(more)) => {
                 sum.control.extend(more.control);
@@ -289,7 +306,7 @@ impl Outcomes {
                     }
                     Err(error) => (Figures::default(), Some(error.clone())),
                 };
-                cases.push(CaseResult { key: key(&plan.setup, *workload), figures, error });
+                cases.push(CaseResult { key: key(plan, *workload), figures, error });
             }
         }
         ResultFile {
@@ -303,12 +320,14 @@ impl Outcomes {
     }
 
     fn load(&self, wanted: impl Fn(&Setup) -> bool, workload: Workload) -> Option<(CaseKey, &Load)> {
-        let (plan, outcome) = self.setups.iter().find(|(plan, _)| wanted(&plan.setup))?;
+        let (plan, outcome) =
+            self.setups.iter().find(|(plan, _)| plan.with_bystander && wanted(&plan.setup))?;
         let index = plan.workloads.iter().position(|w| *w == workload)?;
-        Some((key(&plan.setup, workload), outcome.as_ref().ok()?.workloads.get(index)?))
+        Some((key(plan, workload), outcome.as_ref().ok()?.workloads.get(index)?))
     }
 
-    /// Ours over the kernel's vhost-net under stock QEMU, nobody spinning; then the IVCPU over stock interrupts.
+    /// Ours over the kernel's vhost-net under stock QEMU, nobody spinning; then each use of the IVCPU over stock
+    /// interrupts.
     fn ratios(&self) -> Vec<Ratio> {
         let ours = |mode: Mode, poll: &'static str| {
             move |setup: &Setup| {
@@ -330,10 +349,12 @@ impl Outcomes {
                 }
             };
             pair(self.load(ours(Mode::Stock, "0"), workload), self.load(outside, workload));
-            pair(
-                self.load(ours(Mode::Irq, "always"), workload),
-                self.load(ours(Mode::Stock, "always"), workload),
-            );
+            for mode in [Mode::Irq, Mode::ThreadedNapi, Mode::Fifo] {
+                pair(
+                    self.load(ours(mode, "always"), workload),
+                    self.load(ours(Mode::Stock, "always"), workload),
+                );
+            }
         }
         ratios
     }
@@ -371,8 +392,9 @@ mod tests {
         keys.sort();
         keys.dedup();
         assert_eq!(keys.len(), file.cases.len());
-        assert!(file.cases.iter().all(|case| case.figures.repeats == Some(3)), "{file:?}");
-        assert_eq!(file.ratios.len(), 6);
+        let repeats = |case: &CaseResult| case.figures.repeats == Some(3);
+        assert!(file.cases.iter().all(repeats), "{file:?}");
+        assert_eq!(file.ratios.len(), 12);
     }
 
     #[test]

@@ -34,12 +34,27 @@ pub struct Window {
     pub completions: Option<u64>,
     /// Kicks that reached the backend; none where it does not tell.
     pub kicks: Option<u64>,
+    /// What became of them in the FIFO; none in modes without one.
+    pub fifo: Option<FifoCounts>,
     /// CPU seconds by pCPU.
     pub cpu_seconds: Vec<f64>,
     /// Bystander iterations per CPU second of the application's pCPUs.
     pub bystander_rate: Option<f64>,
     /// The NIC's interrupts as the guest counted them.
     pub guest_irqs: Option<GuestIrqs>,
+}
+
+/// What became of completions in the FIFO.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FifoCounts {
+    /// Put into it as entries.
+    pub entries: u64,
+    /// Covered by an entry that was there already.
+    pub merged: u64,
+    /// Interrupts because the IVCPU slept.
+    pub wakeups: u64,
+    /// Interrupts because an entry was too old.
+    pub fallbacks: u64,
 }
 
 /// Equally long windows of one load.
@@ -96,6 +111,13 @@ impl Load {
         Some(spread)
     }
 
+    /// Standard deviation of the windows' summed device exits, from that of one window.
+    fn device_exits_sigma(&self, pcpu: u32) -> Option<f64> {
+        let of = |rows: &Rows| Figures::DEVICE_ROWS.iter().map(|row| rows.count(*row)).sum::<u64>() as f64;
+        let counts: Vec<_> = self.windows.iter().map(|w| w.exits.get(&pcpu).map_or(0.0, of)).collect();
+        Some(result::sigma(&counts)? * (counts.len() as f64).sqrt())
+    }
+
     fn guest_irqs(&self) -> Option<GuestIrqs> {
         let windows: Option<Vec<GuestIrqs>> = self.windows.iter().map(|w| w.guest_irqs).collect();
         let windows = windows?;
@@ -106,17 +128,21 @@ impl Load {
     }
 }
 
-/// Figures of a load beside its control: the same VM and spinning threads over as many equally long windows without
-/// traffic. `roles` names every pCPU of the host.
+/// Figures of a load beside its control: the same VM and spinning threads in windows without traffic, scaled to the
+/// same length. `roles` names every pCPU of the host.
 pub fn of_load(traffic: &Load, control: &Load, roles: &[Role]) -> Figures {
+    // Windows with traffic may be longer than those without.
+    let times = traffic.total(|w| w.seconds) / control.total(|w| w.seconds);
+    let times = if times.is_finite() { times } else { 1.0 };
     let pcpus: Vec<Pcpu> = (0u32..)
         .zip(roles)
         .map(|(pcpu, role)| Pcpu {
             pcpu,
             role: *role,
             exits: traffic.rows(pcpu),
-            control: control.rows(pcpu),
-            control_spread: control.spread(pcpu),
+            control: scaled(&control.rows(pcpu), times),
+            control_spread: control.spread(pcpu).map(|rows| scaled(&rows, times)),
+            control_sigma: control.device_exits_sigma(pcpu).map(|sigma| sigma * times.sqrt()),
             cpu_seconds: traffic.windows.iter().map(|w| w.cpu_seconds.get(pcpu as usize).copied()).sum(),
         })
         .collect();
@@ -125,7 +151,19 @@ pub fn of_load(traffic: &Load, control: &Load, roles: &[Role]) -> Figures {
         (Some(with), Some(without)) if without > 0.0 => Some(Bystander { share: with / without }),
         _ => None,
     };
-    let io_cpu_seconds = io_cpu_seconds(&pcpus, bystander);
+    // Without a bystander all of the application's time is the traffic's, idle polling included.
+    let bystanders_part = if traffic.windows.iter().all(|w| w.bystander_rate.is_none()) {
+        Some(0.0)
+    } else {
+        bystander.map(|b| b.share)
+    };
+    let application_cpu_seconds =
+        bystanders_part.and_then(|part| Some(cpu_seconds(&pcpus, &[Role::App])? * (1.0 - part)));
+    // The wire is the peer's machine, not this one's. Unknown where the backend has no pCPU of its own.
+    let io_cpu_seconds = pcpus
+        .iter()
+        .find(|p| p.role == Role::Backend)
+        .and_then(|_| Some(application_cpu_seconds? + cpu_seconds(&pcpus, &[Role::Ivcpu, Role::Backend])?));
     let seconds = traffic.total(|w| w.seconds);
     let bytes = traffic.total(|w| w.bytes);
     let transactions = traffic.total(|w| w.transactions);
@@ -146,13 +184,19 @@ pub fn of_load(traffic: &Load, control: &Load, roles: &[Role]) -> Figures {
         bytes_verified: traffic.bytes_verified,
         completions: traffic.total(|w| w.completions),
         kicks: traffic.total(|w| w.kicks),
-        fifo: result::Fifo::default(),
+        fifo: result::Fifo {
+            entries: traffic.total(|w| w.fifo.map(|f| f.entries)),
+            merged: traffic.total(|w| w.fifo.map(|f| f.merged)),
+            wakeups: traffic.total(|w| w.fifo.map(|f| f.wakeups)),
+            fallbacks: traffic.total(|w| w.fifo.map(|f| f.fallbacks)),
+        },
         guest_irqs: traffic.guest_irqs(),
         accepted_by_ivcpu: (accepted > 0 && roles.contains(&Role::Ivcpu))
             .then(|| traffic.total(|w| w.accepted_by_ivcpu) as f64 / accepted as f64),
         exits_total: Some(pcpus.iter().map(|p| p.exits.total()).sum()),
         kvm_exits: traffic.total(|w| w.kvm_exits),
         bystander,
+        application_cpu_seconds,
         cpu_seconds_per_gb: io_cpu_seconds.filter(|_| bytes > 0).map(|s| s / (bytes as f64 / 1e9)),
         cpu_seconds_per_1k_transactions: io_cpu_seconds
             .filter(|_| transactions > 0)
@@ -163,27 +207,23 @@ pub fn of_load(traffic: &Load, control: &Load, roles: &[Role]) -> Figures {
     }
 }
 
+/// Counts as they would be over a span so many times as long.
+fn scaled(rows: &Rows, times: f64) -> Rows {
+    let mut result = Rows::default();
+    for row in Row::ALL {
+        result.add(row, (rows.count(row) as f64 * times).round() as u64);
+    }
+    result
+}
+
 /// Payload bytes over seconds, in Mbit/s.
 pub fn mbps(bytes: u64, seconds: f64) -> f64 {
     bytes as f64 * 8.0 / 1e6 / seconds
 }
 
-/// CPU seconds that I/O cost: all of the IVCPU's and the backend's pCPUs, and of the application's what the bystander
-/// did not get. The wire is the peer's machine, not this one's. Unknown where the backend has no pCPU of its own.
-fn io_cpu_seconds(pcpus: &[Pcpu], bystander: Option<Bystander>) -> Option<f64> {
-    let bystander = bystander?.share;
-    pcpus.iter().find(|p| p.role == Role::Backend)?;
-    pcpus
-        .iter()
-        .map(|p| {
-            let seconds = p.cpu_seconds?;
-            Some(match p.role {
-                Role::App => seconds * (1.0 - bystander),
-                Role::Ivcpu | Role::Backend => seconds,
-                Role::Wire | Role::Other => 0.0,
-            })
-        })
-        .sum()
+/// CPU seconds of all pCPUs with one of these roles.
+fn cpu_seconds(pcpus: &[Pcpu], roles: &[Role]) -> Option<f64> {
+    pcpus.iter().filter(|p| roles.contains(&p.role)).map(|p| p.cpu_seconds).sum()
 }
 
 #[cfg(test)]
@@ -230,6 +270,17 @@ mod tests {
         // 4 s of the application's pCPU less the bystander's 80 %, and all 2 s of the backend's, for 2 GB.
         assert!((f.cpu_seconds_per_gb.unwrap() - (0.8 + 2.0) / 2.0).abs() < 1e-9);
         assert_eq!(f.spread, Some(0.0));
+    }
+
+    #[test]
+    fn a_control_of_other_length_is_scaled() {
+        let traffic = load(vec![window([500, 100], 1_000_000_000, 80.0); 4]);
+        let control = load(vec![window([400, 10], 0, 100.0), window([420, 10], 0, 100.0)]);
+        let f = of_load(&traffic, &control, &[Role::App, Role::Backend]);
+        assert_eq!(f.pcpus[0].control.count(Row::ExternalIntr), 1640);
+        assert_eq!(f.pcpus[1].control_sigma, Some(0.0));
+        // One window errs by 14.1, four of them together by twice that.
+        assert!((f.pcpus[0].control_sigma.unwrap() - 200f64.sqrt() * 2.0).abs() < 1e-9);
     }
 
     #[test]

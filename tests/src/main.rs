@@ -115,6 +115,7 @@ fn provision(workspace: &Workspace, kernels: &[Kernel]) -> anyhow::Result<()> {
     let provision = Provision::new(workspace);
     provision.tools()?;
     provision.qemu()?;
+    provision.make()?;
     for kernel in kernels {
         provision.kernel(*kernel)?;
     }

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use ivcpu_vmm::exits::Row;
 
-use crate::result::{CaseResult, Figures, Mode, Pcpu, ResultFile, Role, Share};
+use crate::result::{CaseKey, CaseResult, Figures, Mode, Pcpu, ResultFile, Role, Share};
 
 /// Table 1 of Lee & Eom (2012): exits of a Netperf run over an SR-IOV virtual function of an Intel X520, two vCPUs
 /// floating over PCPU1 to PCPU3, the IVCPU alone on PCPU4.
@@ -27,6 +27,7 @@ pub fn text(file: &ResultFile) -> String {
         out.push('\n');
     }
     out.push_str(&overview(file));
+    out.push_str(&pays_from(file));
     for ratio in &file.ratios {
         let _ = writeln!(
             out,
@@ -58,6 +59,12 @@ pub fn case_text(case: &CaseResult) -> String {
     let _ = writeln!(out, "  {}", exits_per_packet(f));
     let _ = writeln!(out, "  {}", interrupts(f));
     let _ = writeln!(out, "  {}", price(f));
+    if let Some(line) = fifo(f) {
+        let _ = writeln!(out, "  {line}");
+    }
+    if case.key.mode == Mode::Fifo {
+        exitless_lines(&mut out, f);
+    }
     if case.key.mode == Mode::Irq {
         for row in [Row::ExternalIntr, Row::ApicAccess] {
             let _ = writeln!(out, "  {}", share_line(f, row));
@@ -134,6 +141,78 @@ fn interrupts(f: &Figures) -> String {
         parts.push(format!("of those the host saw accepted, {:.2} % by the IVCPU", share * 100.0));
     }
     parts.join(", ")
+}
+
+/// What became of completions in the FIFO, and how few still came as interrupts.
+fn fifo(f: &Figures) -> Option<String> {
+    let fifo = f.fifo;
+    let (entries, merged) = (fifo.entries?, fifo.merged?);
+    let mut line = format!("FIFO: {entries} entries, {merged} merged into one that was there");
+    if let (Some(wakeups), Some(fallbacks)) = (fifo.wakeups, fifo.fallbacks) {
+        let _ = write!(line, ", {wakeups} interrupts to wake the IVCPU, {fallbacks} for late entries");
+    }
+    if let (Some(irqs), Some(completions)) = (f.guest_irqs, f.completions.filter(|n| *n > 0)) {
+        let all = irqs.ivcpu.unwrap_or(0) + irqs.other;
+        let _ = write!(
+            line,
+            "; device interrupts in the guest: {:.2} % of completions",
+            100.0 * all as f64 / completions as f64
+        );
+    }
+    Some(line)
+}
+
+/// Exits a packet that an exitless mode may leave on a pCPU, beyond the noise: the application's, and any other.
+pub const ALLOWED_PER_PACKET: [f64; 2] = [0.001, 0.01];
+
+fn exitless_lines(out: &mut String, f: &Figures) {
+    let [application, any] = ALLOWED_PER_PACKET;
+    for p in f.pcpus.iter().filter(|p| p.role != Role::Other && p.role != Role::Wire) {
+        let per_packet = if p.role == Role::App { application } else { any };
+        let _ = match f.exitless(p, per_packet) {
+            Some(e) => writeln!(
+                out,
+                "  pCPU{} {}: net EXTERNAL_INTR + APIC_ACCESS + IO exits {}, allowed {:.0} (the larger of {per_packet} a \
+                 packet and 3 sigma of the control): {}",
+                p.pcpu,
+                p.role,
+                e.net,
+                e.allowed,
+                if e.holds() { "exitless" } else { "NOT exitless" }
+            ),
+            None => {
+                writeln!(out, "  pCPU{} {}: a single control window says nothing of noise", p.pcpu, p.role)
+            }
+        };
+    }
+}
+
+/// From which load a spinning IVCPU pays: the application's pCPUs must save the one pCPU it takes.
+fn pays_from(file: &ResultFile) -> String {
+    let mut out = String::new();
+    for fifo in file.cases.iter().filter(|case| case.key.mode == Mode::Fifo && case.key.with_bystander) {
+        let stock = file.cases.iter().find(|case| {
+            let as_stock = CaseKey { mode: Mode::Stock, ..fifo.key.clone() };
+            case.key == as_stock
+        });
+        let cost = |case: &CaseResult| {
+            Some(case.figures.application_cpu_seconds? / (case.figures.bytes? as f64 / 1e9))
+        };
+        let Some((with, without)) = cost(fifo).zip(stock.and_then(cost)) else { continue };
+        let what = format!(
+            "{}: the application's pCPUs spend {with:.1} CPU s per GB, {without:.1} with stock interrupts",
+            fifo.key
+        );
+        let saved = without - with;
+        if saved > 0.0 {
+            // One pCPU second each second for saved seconds a GB.
+            let _ =
+                writeln!(out, "{what}: an IVCPU that never sleeps pays from {:.0} Mbit/s", 8000.0 / saved);
+        } else {
+            let _ = writeln!(out, "{what}: an IVCPU that never sleeps does not pay at any load");
+        }
+    }
+    out
 }
 
 fn price(f: &Figures) -> String {

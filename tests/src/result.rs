@@ -81,6 +81,26 @@ words! {
         Stock = "stock",
         /// Every device interrupt on the IVCPU.
         Irq = "irq",
+        /// Entries of the shared FIFO, polled by the IVCPU; an interrupt only while it sleeps.
+        Fifo = "fifo",
+        /// The nearest thing a stock kernel has: NAPI in threads pinned to the IVCPU, its interrupts there too.
+        ThreadedNapi = "threaded-napi",
+    }
+}
+impl Mode {
+    /// Whether the guest has an IVCPU.
+    pub fn has_ivcpu(self) -> bool {
+        self != Mode::Stock
+    }
+}
+
+words! {
+    /// What shows the FIFO region to the guest.
+    Carrier {
+        /// BAR 2 of an ivshmem-plain PCI function.
+        Ivshmem = "ivshmem",
+        /// The range of a virtio-pmem device; not with `ivcpu-vmm`.
+        VirtioPmem = "virtio-pmem",
     }
 }
 words! {
@@ -120,18 +140,25 @@ pub struct CaseKey {
     pub queue_pairs: u16,
     /// The backend's `--poll-us`: microseconds or `always`; null where the backend has no such choice.
     pub poll_us: Option<String>,
+    /// Microseconds an idle application vCPU polls before it halts; null for the guest's own choice.
+    pub halt_poll_us: Option<u64>,
+    /// Whether the bystander runs beside the traffic (it always does in the control).
+    pub with_bystander: bool,
 }
 
 impl fmt::Display for CaseKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { path, backend, mode, pv_eoi, queue_pairs, poll_us, .. } = self;
+        let Self { path, backend, mode, pv_eoi, queue_pairs, poll_us, halt_poll_us, .. } = self;
         let (vmm, workload, layout) = (word(self.vmm), word(self.workload), word(self.layout));
         write!(f, "{vmm}/{path}/{backend}/{mode}/{workload}/{layout}")?;
         write!(f, "/pv_eoi={}/queue_pairs={queue_pairs}", if *pv_eoi { "on" } else { "off" })?;
-        match poll_us {
-            Some(us) => write!(f, "/poll_us={us}"),
-            None => Ok(()),
+        if let Some(us) = poll_us {
+            write!(f, "/poll_us={us}")?;
         }
+        if let Some(us) = halt_poll_us {
+            write!(f, "/halt_poll_us={us}")?;
+        }
+        if self.with_bystander { Ok(()) } else { f.write_str("/no-bystander") }
     }
 }
 
@@ -166,8 +193,10 @@ pub struct GuestIrqs {
 /// FIFO counters; all null in modes without one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fifo {
-    /// Entries delivered.
+    /// Completions put in as entries.
     pub entries: Option<u64>,
+    /// Completions that an entry already there covered.
+    pub merged: Option<u64>,
     /// Interrupts sent to wake a sleeping IVCPU.
     pub wakeups: Option<u64>,
     /// Interrupts sent because an entry was too old.
@@ -183,10 +212,13 @@ pub struct Pcpu {
     pub role: Role,
     /// Exits while traffic flowed, summed over the repeats.
     pub exits: Rows,
-    /// Exits over equally long windows with the same spinning threads and no traffic.
+    /// Exits with the same spinning threads and no traffic, scaled to the same time.
     pub control: Rows,
     /// Largest less smallest control window, a row, scaled to the summed windows; null where there was only one.
     pub control_spread: Option<Rows>,
+    /// Standard deviation of the device exits ([`Figures::DEVICE_ROWS`]) over the control windows, scaled to the summed
+    /// windows; null where there was only one.
+    pub control_sigma: Option<f64>,
     /// CPU time this pCPU used over the windows with traffic: busy time natively, the time of the emulator's thread
     /// in the lab.
     pub cpu_seconds: Option<f64>,
@@ -236,6 +268,8 @@ pub struct Figures {
     pub kvm_exits: Option<u64>,
     /// The application that has nothing to do with the network.
     pub bystander: Option<Bystander>,
+    /// CPU seconds of the application pCPUs, without the bystander's part.
+    pub application_cpu_seconds: Option<f64>,
     /// CPU seconds of the application pCPUs (without the bystander's part), the IVCPU and the backend for 10^9 bytes.
     pub cpu_seconds_per_gb: Option<f64>,
     /// The same for 1,000 round trips.
@@ -279,6 +313,22 @@ pub enum Share {
     NoSpread,
 }
 
+/// Net device exits beside what noise and the promise of an exitless mode allow.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Exitless {
+    /// Net device exits, never clamped.
+    pub net: i64,
+    /// The most that is allowed.
+    pub allowed: f64,
+}
+
+impl Exitless {
+    /// Whether the promise is kept.
+    pub fn holds(&self) -> bool {
+        self.net as f64 <= self.allowed
+    }
+}
+
 impl Figures {
     /// Exits of one row on one pCPU: raw less control, never clamped.
     fn net(pcpu: &Pcpu, row: Row) -> i64 {
@@ -294,6 +344,17 @@ impl Figures {
     pub fn control_spread(&self, row: Row, role: Option<Role>) -> Option<u64> {
         let pcpus = self.pcpus.iter().filter(|p| role.is_none_or(|r| r == p.role));
         pcpus.map(|p| p.control_spread.as_ref().map(|rows| rows.count(row))).sum()
+    }
+
+    /// The rows of exits that a device causes by an interrupt: its arrival, its acknowledgement, and port I/O.
+    pub const DEVICE_ROWS: [Row; 3] = [Row::ExternalIntr, Row::ApicAccess, Row::IoInstruction];
+
+    /// How one pCPU's net device exits compare with an allowance of `per_packet` exits a packet or three standard
+    /// deviations of the control, whichever is more. Unknown for a single control window.
+    pub fn exitless(&self, pcpu: &Pcpu, per_packet: f64) -> Option<Exitless> {
+        let net = Self::DEVICE_ROWS.iter().map(|row| Self::net(pcpu, *row)).sum();
+        let allowed = (per_packet * self.packets? as f64).max(3.0 * pcpu.control_sigma?);
+        Some(Exitless { net, allowed })
     }
 
     /// The part of a row's net exits that the IVCPU's pCPU took. Claimed only where the net is at least ten times the
@@ -315,6 +376,14 @@ pub fn median(values: &[f64]) -> Option<f64> {
     let middle = sorted.len() / 2;
     let upper = sorted.get(middle)?;
     Some(if sorted.len() % 2 == 1 { *upper } else { (sorted[middle - 1] + upper) / 2.0 })
+}
+
+/// Sample standard deviation; none for fewer than two values.
+pub fn sigma(values: &[f64]) -> Option<f64> {
+    let count = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / count;
+    let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+    (values.len() > 1).then(|| (squares / (count - 1.0)).sqrt())
 }
 
 /// (largest - smallest) / median, the spread of repeats.
@@ -351,7 +420,18 @@ mod tests {
             rows
         };
         let (exits, control, control_spread) = (rows(exits), rows(control), Some(rows(spread)));
-        Pcpu { pcpu, role, exits, control, control_spread, cpu_seconds: None }
+        Pcpu { pcpu, role, exits, control, control_spread, control_sigma: Some(10.0), cpu_seconds: None }
+    }
+
+    #[test]
+    fn exitless_within_the_promise_or_the_noise() {
+        let figures = Figures { packets: Some(10_000), ..Default::default() };
+        let of = |exits| figures.exitless(&pcpu(0, Role::App, exits, 500, 5), 0.01);
+        assert_eq!(of(600), Some(Exitless { net: 100, allowed: 100.0 }));
+        assert!(of(600).is_some_and(|e| e.holds()) && of(400).is_some_and(|e| e.holds()));
+        assert!(of(601).is_some_and(|e| !e.holds()));
+        let few = Figures { packets: Some(100), ..Default::default() };
+        assert_eq!(few.exitless(&pcpu(0, Role::App, 530, 500, 5), 0.01).map(|e| e.allowed), Some(30.0));
     }
 
     fn key() -> CaseKey {
@@ -365,6 +445,8 @@ mod tests {
             pv_eoi: false,
             queue_pairs: 1,
             poll_us: Some("always".into()),
+            halt_poll_us: None,
+            with_bystander: true,
         }
     }
 
@@ -425,5 +507,6 @@ mod tests {
         assert_eq!(spread(&[90.0, 100.0, 110.0]), Some(0.2));
         assert_eq!(median(&[1.0, 2.0, 3.0, 4.0]), Some(2.5));
         assert_eq!(spread(&[]), None);
+        assert_eq!((sigma(&[1.0, 2.0, 3.0]), sigma(&[1.0])), (Some(1.0), None));
     }
 }

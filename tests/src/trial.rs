@@ -48,6 +48,17 @@ pub fn boot(guest_kernels: &[Kernel]) -> anyhow::Result<EmulatedHost> {
     Ok(EmulatedHost::build_and_boot(&workspace, &provision, guest_kernels, &Options::default())?)
 }
 
+/// Builds and provisions the same, and gives `body` this machine. No emulated host of this checkout runs meanwhile.
+pub fn on_this_machine<T>(body: impl FnOnce(&mut Host) -> anyhow::Result<T>) -> anyhow::Result<T> {
+    let workspace = Workspace::locate()?;
+    let provision = Provision::new(&workspace);
+    let _lock = crate::emulated_host::lock(&workspace)?;
+    workspace.build()?;
+    provision.qemu()?;
+    prepare_guest(&workspace, &provision, Kernel::V6_12)?;
+    body(&mut Host::for_emulated_guests()?)
+}
+
 /// Runs `body`, a closure written in a test function, inside the emulated host. A host that gets stuck or dies is replaced,
 /// twice at most, and the test run again.
 pub fn in_emulated_host<F>(body: F) -> anyhow::Result<()>

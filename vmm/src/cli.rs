@@ -64,8 +64,10 @@ pub struct RunOptions {
     #[arg(long, value_name = "MODE", default_value = "tty")]
     pub serial: SerialMode,
 
-    /// One more vCPU, the last, that takes every device interrupt: `affinity=[3][,host_irqs=[eth0,0000:01:10.0,24]]`.
-    /// affinity names the pCPU it has to itself, host_irqs the host interrupts that go there while the VM runs
+    /// One more vCPU, the last, that takes every device interrupt:
+    /// `affinity=[3][,fifo=PATH[,fifo_size=2M]][,host_irqs=[eth0,0000:01:10.0,24]]`.
+    /// affinity names the pCPU it has to itself, fifo the file (made if it is missing) through which backends hand it
+    /// completions without an interrupt, host_irqs the host interrupts that go to its pCPU while the VM runs
     #[arg(long, value_name = "OPTIONS")]
     pub ivcpu: Option<IvcpuOptions>,
 

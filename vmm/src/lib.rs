@@ -1,7 +1,8 @@
 //! A KVM virtual machine monitor with an IVCPU, a virtual CPU that takes every device interrupt.
 //!
 //! A path says the concept: [`machine`] wires the parts together, [`boot`] plays the firmware, [`vcpu`] is KVM's run loop,
-//! [`pci`] and [`virtio`] are what a guest sees of its devices, [`ivcpu`] and [`pin`] say who runs where.
+//! [`pci`] and [`virtio`] are what a guest sees of its devices, [`ivcpu`] and [`pin`] say who runs where, [`fifo`]
+//! and [`ivshmem`] bring the region for exitless completions to the guest.
 
 pub mod affinity;
 pub mod boot;
@@ -10,8 +11,10 @@ pub mod cli;
 pub mod devices;
 pub mod events;
 pub mod exits;
+pub mod fifo;
 pub mod gsi;
 pub mod ivcpu;
+pub mod ivshmem;
 pub mod machine;
 pub mod memory;
 pub mod pci;
@@ -20,6 +23,7 @@ pub mod placement;
 pub mod power;
 pub mod serial;
 pub mod signals;
+pub mod slot;
 pub mod suboption;
 pub mod terminal;
 pub mod vcpu;

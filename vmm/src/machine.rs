@@ -16,15 +16,19 @@ use crate::boot::{acpi, cpuid, kernel, mtrr, registers, reset_vector};
 use crate::chain::Chain;
 use crate::devices::Devices;
 use crate::exits::{self, lifetime::Lifetime};
+use crate::fifo::{self, Fifo};
 use crate::gsi::{self, KvmRouter, MessageRouter};
 use crate::ivcpu::{self, IvcpuOptions};
+use crate::ivshmem::{self, Ivshmem};
 use crate::memory::{self, GuestMemory, MemoryOptions};
 use crate::pci::bus::{self, Bus};
+use crate::pci::window::{self, Window};
 use crate::pin;
 use crate::placement::{self, Placement, VcpuThread};
 use crate::power::{EndSignal, Ending};
 use crate::serial::{self, SerialMode};
 use crate::signals::{self, EndWatch};
+use crate::slot::KvmSlot;
 use crate::terminal::RawMode;
 use crate::vcpu::{self, CpusOptions, Running, Vcpu};
 use crate::virtio::net_options::NetOptions;
@@ -111,10 +115,11 @@ pub enum Error {
     #[error(transparent)]
     Bus(#[from] bus::Full),
     /// No place for a BAR.
-    #[error(
-        "no guest address is left for the BAR of another device; give the VM less memory or fewer devices"
-    )]
-    NoBar,
+    #[error(transparent)]
+    Window(#[from] window::Full),
+    /// The FIFO region.
+    #[error(transparent)]
+    Fifo(#[from] fifo::Error),
     /// pCPUs.
     #[error(transparent)]
     Pin(#[from] pin::Error),
@@ -154,6 +159,7 @@ pub struct Machine {
     host_irqs: Option<HostIrqs>,
     _vm: Arc<VmFd>,
     _memory: GuestMemory,
+    _fifo: Option<Fifo>,
 }
 
 impl Machine {
@@ -166,6 +172,9 @@ impl Machine {
         if let Err(error) = affinity::recover() {
             tracing::warn!("host interrupts that a killed run moved stay there: {}", Chain(&error));
         }
+        // Before any backend is connected to: it looks for the region when its session starts.
+        let fifo_options = options.ivcpu.as_ref().and_then(|ivcpu| ivcpu.fifo.as_ref());
+        let fifo = fifo_options.map(Fifo::open).transpose()?;
         let boot_files = options.kernel.open().map_err(kernel::Error::from)?;
         pin::keep_off(&placement.taken())?;
         let kvm = open_kvm()?;
@@ -195,8 +204,16 @@ impl Machine {
             messages: Arc::new(KvmRouter::new(Arc::clone(&vm))?) as Arc<dyn MessageRouter>,
             kicks: Arc::clone(&vm) as Arc<dyn KickRouter>,
         };
+        if fifo.is_some() {
+            ivcpu::keep_pause_inside(&vm);
+        }
         let mut pci = Bus::default();
-        let net = add_net(&mut pci, &wiring, &options.net, pci_window_64)?;
+        let mut window = Window::new(pci_window_64);
+        let net = add_net(&mut pci, &wiring, &options.net, &mut window)?;
+        if let Some(fifo) = &fifo {
+            let slot = KvmSlot::new(Arc::clone(&vm), memory::free_slot(&memory), fifo.mapping());
+            add_fifo(&mut pci, fifo, slot, &mut window)?;
+        }
         let devices = Arc::new(Devices { serial, pci });
 
         let mut vcpus = Vec::new();
@@ -214,6 +231,7 @@ impl Machine {
             host_irqs: move_host_irqs(options.ivcpu.as_ref())?,
             _vm: vm,
             _memory: memory,
+            _fifo: fifo,
         })
     }
 
@@ -322,24 +340,29 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
     Ok(vm)
 }
 
-/// Puts the network devices on the bus, their BARs from the start of the 64-bit window on.
+/// Puts the network devices on the bus.
 fn add_net(
     bus: &mut Bus,
     wiring: &Wiring,
     options: &[NetOptions],
-    (window_start, window_end): (u64, u64),
+    window: &mut Window,
 ) -> Result<Vec<VhostUserNet>, Error> {
     let mut devices = Vec::new();
-    for (number, options) in (0u64..).zip(options) {
-        let bar = window_start + number * transport::BAR_SIZE;
-        if bar + transport::BAR_SIZE > window_end {
-            return Err(Error::NoBar);
-        }
+    for options in options {
+        let bar = window.place(transport::BAR_SIZE)?;
         let net = VhostUserNet::new(options.clone(), wiring.memory.clone())?;
         bus.add(Arc::new(Mutex::new(Transport::new(net.clone(), wiring.clone(), bar)?)))?;
         devices.push(net);
     }
     Ok(devices)
+}
+
+/// Puts the FIFO region on the bus.
+fn add_fifo(bus: &mut Bus, fifo: &Fifo, slot: KvmSlot, window: &mut Window) -> Result<(), Error> {
+    let registers = window.place(ivshmem::REGISTERS_SIZE)?;
+    let memory = window.place(fifo.size())?;
+    bus.add(Arc::new(Mutex::new(Ivshmem::new(slot, fifo.size(), registers, memory))))?;
+    Ok(())
 }
 
 /// Moves the host interrupts of the VM's devices to the IVCPU's pCPU.

@@ -215,6 +215,11 @@ pub fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
     Ok(())
 }
 
+/// The lowest slot number that [`register`] leaves free.
+pub fn free_slot(memory: &GuestMemory) -> u32 {
+    memory.num_regions() as u32
+}
+
 /// The 64-bit window of the PCI host bridge, inclusive start and exclusive end: above RAM, and within the
 /// `physical_bits` of address the vCPUs have.
 pub fn pci_window_64(memory: &GuestMemory, physical_bits: u8) -> (u64, u64) {

@@ -135,6 +135,27 @@ fn backends_that_are_none() {
 }
 
 #[test]
+fn fifo_regions_that_are_none() {
+    let kernel = kernel(0);
+    let online = ivcpu_vmm::pin::online().unwrap();
+    let refused = |fifo: &Path, more: &str| {
+        let ivcpu = format!("affinity=[{}],fifo={}{more}", online.last().unwrap(), fifo.display());
+        refused(&["--kernel", path(kernel.path()), "--ivcpu", &ivcpu])
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("fifo");
+    assert_says(&refused(&folder.path().join("missing/fifo"), ""), "its folder must exist");
+    assert_says(&refused(Path::new("/dev/zero"), ""), "is not a regular file");
+    assert_says(&refused(&file, ",fifo_size=3M"), "expected a power of two from 2M to 1G");
+    assert!(!file.exists());
+    std::fs::write(&file, "short").unwrap();
+    assert_says(&refused(&file, ""), "has 5 bytes and needs a power of two from 2M to 1G");
+    std::fs::write(&file, vec![b'x'; 2 << 20]).unwrap();
+    assert_says(&refused(&file, ",fifo_size=4M"), "fifo_size= says 4194304");
+    assert_says(&refused(&file, ""), "no FIFO region: it starts with 0x7878787878787878");
+}
+
+#[test]
 fn a_serial_file_that_cannot_be_made() {
     assert_says(
         &refused_with_kvm(&["--kernel", path(kernel(0).path()), "--serial", "file=/nonexistent/log"]),

@@ -48,6 +48,31 @@ mod code {
         code
     }
 
+    /// Writes a register of the first function behind the host bridge.
+    pub(super) fn configure(register: u8, value: u32) -> Vec<u8> {
+        let mut code = Vec::new();
+        for (port, value) in [(0xcf8u16, 0x8000_0800 | u32::from(register)), (0xcfc, value)] {
+            code.extend([0x66, 0xba]); // mov dx, port
+            code.extend(port.to_le_bytes());
+            code.push(0xb8); // mov eax, value
+            code.extend(value.to_le_bytes());
+            code.push(0xef); // out dx, eax
+        }
+        code
+    }
+
+    /// Writes the byte at an address to COM1.
+    pub(super) fn print_at(address: u32) -> Vec<u8> {
+        let [a, b, c, d] = address.to_le_bytes();
+        vec![0x66, 0xba, 0xf8, 0x03, 0x8a, 0x04, 0x25, a, b, c, d, 0xee] // mov dx, 0x3f8; mov al, [address]; out dx, al
+    }
+
+    /// Writes a byte to an address.
+    pub(super) fn store(address: u32, byte: u8) -> Vec<u8> {
+        let [a, b, c, d] = address.to_le_bytes();
+        vec![0xc6, 0x04, 0x25, a, b, c, d, byte] // mov byte [address], byte
+    }
+
     /// There is no interrupt table: an invalid instruction is a triple fault.
     pub(super) const CRASH: [u8; 2] = [0x0f, 0x0b];
     /// Sleeps and is never woken.
@@ -251,6 +276,48 @@ fn an_ivcpu_is_one_vcpu_more() {
         assert!(names.iter().any(|there| there == name), "{name} among {names:?}");
     }
     assert!(!names.iter().any(|there| there == "vcpu1"), "{names:?}");
+}
+
+#[test]
+fn a_guest_finds_the_fifo_region_where_it_puts_the_bar() {
+    let online = ivcpu_vmm::pin::online().unwrap();
+    if !has_kvm("a_guest_finds_the_fifo_region_where_it_puts_the_bar") {
+        return;
+    }
+    const BAR_2: u8 = 0x18;
+    const COMMAND: u8 = 0x04;
+    // Not RAM, and within the first GiB, which a guest has mapped from the start.
+    let (first, second, ram) = (0x2000_0000, 0x2020_0000, 0x0100_0000);
+    let code = [
+        code::configure(BAR_2, first),
+        code::configure(BAR_2 + 4, 0),
+        code::configure(COMMAND, 2),
+        (first..first + 8).flat_map(code::print_at).collect(),
+        code::store(first + 0x1f_ffff, b'A'),
+        code::configure(BAR_2, second),
+        code::print_at(first),
+        code::print_at(second),
+        code::store(second + 0x1f_fffe, b'B'),
+        code::configure(COMMAND, 0),
+        code::print_at(second),
+        // Where RAM is: that stays RAM, and the BAR can go elsewhere again.
+        code::configure(BAR_2, ram),
+        code::configure(COMMAND, 2),
+        code::store(ram, b'R'),
+        code::configure(BAR_2, first),
+        code::print_at(first),
+        code::print_at(ram),
+        code::power_off(),
+    ]
+    .concat();
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = folder.path().join("fifo");
+    let ivcpu = format!("affinity=[{}],fifo={}", online.last().unwrap(), path.display());
+    let output = boot(&code, &["--ivcpu", &ivcpu]);
+    assert_eq!(output.stdout, b"IVCPUFIF\xffI\xffIR", "{}", stderr(&output));
+    assert!(output.status.success(), "{}", stderr(&output));
+    let region = std::fs::read(&path).unwrap();
+    assert_eq!(region[0x1f_fffe..], *b"BA");
 }
 
 #[test]

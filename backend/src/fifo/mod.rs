@@ -105,6 +105,12 @@ impl Fifo {
         }
         let Some(used_ring) = used_ring else { return false };
         let source = self.producer.register(used_ring.address);
+        if source.is_none() {
+            tracing::warn!(
+                "the FIFO has no room for a virtqueue whose used ring is at {:#x}; its completions are calls",
+                used_ring.address
+            );
+        }
         *known = Some(Registered { used_ring, source });
         source.is_some()
     }
@@ -164,5 +170,83 @@ impl Drop for Fifo {
                 self.producer.unregister(source);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::Wrapping;
+
+    use ivcpu_abi::{Consumer, Reason};
+
+    use super::*;
+
+    const RING: Option<UsedRing> = Some(UsedRing { address: 0x18000, start: Wrapping(1) });
+
+    /// A ring claimed with this bound, and the guest's consumer.
+    fn awake(bound: Duration) -> (Fifo, Consumer) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("fifo");
+        let create = CreateOptions { path: path.clone(), size: FileSize(2 << 20), rings: 1 };
+        drop(RegionFile::create(&create).unwrap());
+        let options = FifoOptions { place: Place::Path(path), bound, lose_entries: false };
+        let fifo = claim(&options, 2).unwrap().pop().unwrap();
+        assert!(claim(&options, 2).unwrap().is_empty(), "claimed twice");
+        let consumer = Consumer::attach(fifo._file.region(), 1, 64);
+        (fifo, consumer)
+    }
+
+    #[test]
+    fn a_virtqueue_is_new_once_a_start() {
+        let (mut fifo, mut consumer) = awake(Duration::from_secs(1));
+        assert_eq!(fifo.push(Direction::FromGuest), None);
+        for start in 1..4 {
+            let ring = Some(UsedRing { address: 0x18000, start: Wrapping(start) });
+            assert!(fifo.follow(Direction::FromGuest, ring));
+            assert!(!fifo.follow(Direction::FromGuest, ring));
+            assert!(!fifo.follow(Direction::ToGuest, None));
+            assert_eq!(fifo.push(Direction::FromGuest), Some(Push::Queued));
+            let binding = consumer.poll().unwrap().binding;
+            assert_eq!(binding.used_ring, 0x18000);
+        }
+        assert!(!fifo.follow(Direction::FromGuest, None));
+        assert_eq!(fifo.push(Direction::FromGuest), None);
+        // An address that has no place in the directory.
+        assert!(!fifo.follow(Direction::FromGuest, Some(UsedRing { address: 1 << 52, start: Wrapping(1) })));
+        assert_eq!(fifo.push(Direction::FromGuest), None);
+    }
+
+    #[test]
+    fn an_overdue_virtqueue_is_owed_a_call_until_it_is_called_or_stops() {
+        let (mut fifo, _consumer) = awake(Duration::from_nanos(1));
+        for stops in [false, true] {
+            for direction in [Direction::ToGuest, Direction::FromGuest] {
+                assert!(fifo.follow(direction, RING));
+                assert_eq!(fifo.waiting(), Waiting::Nothing);
+                assert!(matches!(fifo.push(direction), Some(Push::Queued | Push::Merged)));
+                std::thread::sleep(Duration::from_micros(1));
+                for _ in 0..3 {
+                    assert_eq!(fifo.waiting(), Waiting::TooLong(direction));
+                }
+                if stops {
+                    assert!(!fifo.follow(direction, None));
+                } else {
+                    fifo.called();
+                    assert_eq!(fifo.push(direction), Some(Push::Signal(Reason::Overdue)));
+                }
+                assert_eq!(fifo.waiting(), Waiting::Nothing);
+                assert!(!fifo.follow(direction, None));
+            }
+        }
+    }
+
+    #[test]
+    fn what_may_wait_tells_for_how_long() {
+        let (mut fifo, mut consumer) = awake(Duration::from_secs(100));
+        assert!(fifo.follow(Direction::ToGuest, RING));
+        assert_eq!(fifo.push(Direction::ToGuest), Some(Push::Queued));
+        let Waiting::Within(time) = fifo.waiting() else { panic!("nothing waits") };
+        assert!(time > Duration::from_secs(50) && time <= Duration::from_secs(100), "{time:?}");
+        assert!(consumer.poll().is_some());
     }
 }

@@ -76,7 +76,7 @@ pub struct CreateOptions {
     pub path: PathBuf,
 
     /// Bytes of the file: a power of two, at least 2M, as the carriers want it.
-    #[arg(long, value_name = "SIZE", default_value = "2M", allow_negative_numbers = true)]
+    #[arg(long, value_name = "SIZE", default_value = "2M")]
     pub size: FileSize,
 
     /// Rings, one for each poll thread of all backends of the VM.

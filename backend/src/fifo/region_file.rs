@@ -86,8 +86,8 @@ pub enum Error {
         /// Bytes asked for.
         wanted: usize,
     },
-    /// A producer holds one of the rings of a region to be laid out anew.
-    #[error("FIFO region {0} is in use by a backend; stop that one first or choose another path")]
+    /// A VMM holds the header of a region to be laid out anew, or a backend one of its rings.
+    #[error("FIFO region {0} is in use by a VMM or a backend; stop that first or choose another path")]
     InUse(PathBuf),
 }
 
@@ -117,12 +117,12 @@ impl RegionFile {
             let source = ivcpu_abi::Error::TooSmall { mapped: 0, needed: Geometry::DEFAULT.used_size() };
             return Err(Error::Region { path, source });
         }
-        // SAFETY: `Region::open` asks for what `over` grants.
+        // SAFETY: `over` maps these bytes for as long as the region is kept, and nothing else here touches them.
         Self::over(path, file, length, |base| unsafe { Region::open(base, length) })
     }
 
     /// Makes the region that `options` ask for. What is there already is only touched when it is a region (or
-    /// zeros) of the same size and no producer holds a ring.
+    /// zeros) of the same size and nobody holds a part of it.
     pub fn create(options: &CreateOptions) -> Result<Self, Error> {
         let (path, size) = (options.path.clone(), options.size.0);
         let mut how = OpenOptions::new();
@@ -133,7 +133,7 @@ impl RegionFile {
             move |errno: Errno| Error::System { what, path, source: errno.into() }
         };
         let found = length(&file, &path)?;
-        // All of the file, so all of its rings. Released when the file is closed, at the end.
+        // All of the file: its header, which a VMM may hold, and its rings. Released when the file is closed, at the end.
         if !try_lock(&file, 0, 0).map_err(system("lock"))? {
             return Err(Error::InUse(path));
         }
@@ -152,13 +152,12 @@ impl RegionFile {
         // Memory that cannot be had is an error here, and not a signal in the middle of a session.
         posix_fallocate(&file, 0, geometry.used_size() as libc::off_t)
             .map_err(system("allocate memory for"))?;
-        // SAFETY: `Region::create` asks for what `over` grants.
+        // SAFETY: as in `open`.
         Self::over(path, file, size, |base| unsafe { Region::create(base, size, geometry) })
     }
 
-    /// Maps `length` bytes of `file` and makes a region of them. To `make` is promised: the bytes stay mapped,
-    /// readable and writable, for as long as the result lives (as long as nobody cuts the file, see there), and this
-    /// program reaches them through the made region alone.
+    /// Maps `length` bytes of `file` and makes a region of them. To `make` is promised: the bytes stay mapped, readable
+    /// and writable, for as long as the result lives, and this program reaches them through the made region alone.
     fn over(
         path: PathBuf,
         file: File,
@@ -176,14 +175,15 @@ impl RegionFile {
         }
     }
 
-    /// The file's path, for messages.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// How many rings there are.
     pub fn rings(&self) -> usize {
         self.region.geometry().rings()
+    }
+
+    /// The region. What is made of it must not outlive `self`.
+    #[cfg(test)]
+    pub(super) fn region(&self) -> Region {
+        self.region
     }
 
     /// Claims ring `ring`, unless another producer holds it. To be asked once a ring: a lock never keeps out its own

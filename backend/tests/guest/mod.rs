@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::num::Wrapping;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{Ordering, fence};
@@ -26,6 +27,8 @@ pub(crate) struct Backend {
     pub(crate) child: Child,
     pub(crate) dir: tempfile::TempDir,
     arguments: Vec<String>,
+    /// What it says on stderr.
+    log: File,
 }
 
 impl Backend {
@@ -33,11 +36,12 @@ impl Backend {
     pub(crate) fn start(arguments: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let arguments: Vec<String> = arguments.iter().map(|&word| word.to_owned()).collect();
-        let child = Self::spawn(dir.path(), &arguments);
-        Backend { child, dir, arguments }
+        let log = tempfile::tempfile().unwrap();
+        let child = Self::spawn(dir.path(), &arguments, &log);
+        Backend { child, dir, arguments, log }
     }
 
-    fn spawn(dir: &Path, arguments: &[String]) -> Child {
+    fn spawn(dir: &Path, arguments: &[String], log: &File) -> Child {
         let socket = dir.join("vu");
         let child = Command::new(env!("CARGO_BIN_EXE_ivcpu-backend"))
             .arg("--socket-path")
@@ -46,6 +50,7 @@ impl Backend {
             .arg(dir.join("stats"))
             .args(arguments)
             .stdin(Stdio::null())
+            .stderr(log.try_clone().unwrap())
             .spawn()
             .unwrap();
         until("the backend listens", || std::os::unix::net::UnixStream::connect(dir.join("stats")).is_ok());
@@ -56,7 +61,14 @@ impl Backend {
     pub(crate) fn kill_and_restart(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
-        self.child = Self::spawn(self.dir.path(), &self.arguments);
+        self.child = Self::spawn(self.dir.path(), &self.arguments, &self.log);
+    }
+
+    /// What it has said on stderr.
+    pub(crate) fn said(&self) -> String {
+        let mut said = vec![0; self.log.metadata().unwrap().len() as usize];
+        self.log.read_exact_at(&mut said, 0).unwrap();
+        String::from_utf8(said).unwrap()
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
@@ -84,6 +96,9 @@ impl Drop for Backend {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprint!("{}", self.said());
+        }
     }
 }
 
@@ -99,7 +114,7 @@ pub(crate) fn until(what: &str, mut condition: impl FnMut() -> bool) {
 
 /// One virtqueue, from the driver's side.
 pub(crate) struct Queue {
-    table: u64,
+    pub(crate) table: u64,
     pub(crate) available: Wrapping<u16>,
     pub(crate) used: Wrapping<u16>,
     pub(crate) kick: EventFd,

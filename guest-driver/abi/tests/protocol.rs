@@ -112,6 +112,24 @@ fn a_sleeping_consumer_is_called_and_an_absent_one_always() {
 }
 
 #[test]
+fn a_lost_entry_is_found_by_its_clock_alone() {
+    let (_memory, _, mut producer, [a, _], mut consumer) = pair();
+    assert_eq!(producer.lose(a, 10), Push::Merged);
+    assert_eq!(producer.lose(a, 20), Push::Merged);
+    assert_eq!(drain(&mut consumer), []);
+    assert_eq!(consumer.prepare_sleep(), Sleep::Now);
+    assert_eq!(producer.overdue(50, BOUND), Overdue::NotBefore(110));
+    assert_eq!(producer.overdue(110, BOUND), Overdue::Source(a));
+    assert_eq!(producer.lose(a, 111), Push::Signal(Reason::Overdue));
+    consumer.wake();
+    consumer.rescan();
+    assert_eq!(drain(&mut consumer), [0]);
+    assert_eq!(producer.overdue(3000, BOUND), Overdue::Nothing);
+    consumer.detach(|_| ());
+    assert_eq!(producer.lose(a, 4000), Push::Signal(Reason::Absent));
+}
+
+#[test]
 fn an_awake_consumer_that_takes_nothing_costs_one_bound() {
     let (_memory, _, mut producer, [a, b], mut consumer) = pair();
     assert_eq!(producer.overdue(0, BOUND), Overdue::Nothing);

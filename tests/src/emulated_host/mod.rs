@@ -334,7 +334,7 @@ fn request_on(agent: &Mutex<UnixStream>, request: &Request) -> io::Result<()> {
 }
 
 /// One emulated host of a checkout at a time: two would share the cores, the console file and the share.
-fn lock(workspace: &Workspace) -> Result<Lock, Error> {
+pub fn lock(workspace: &Workspace) -> Result<Lock, Error> {
     let path = workspace.cache().join("emulated-host.lock");
     let another = "another emulated host of this checkout is running";
     Lock::take(&path, another).map_err(|e| Error::File(path, e))

@@ -2,7 +2,7 @@
 //!
 //! Nothing in it writes `/proc/irq`: where interrupts go is up to the guest kernel and to the shipped service.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use super::modules::Modules;
@@ -14,7 +14,11 @@ const INIT: &str = include_str!("guest-init.sh");
 /// Where the shipped interrupt service lies in the guest.
 pub const SERVICE: &str = "/usr/sbin/ivcpu-irq";
 
-const MODULES: [&str; 3] = ["virtio_pci", "virtio_net", "virtio_console"];
+/// Where the shipped guest module lies in the guest.
+pub const MODULE: &str = "/modules/ivcpu.ko";
+
+/// Loaded at start. virtio_pmem is one of the FIFO region's two carriers.
+const MODULES: [&str; 4] = ["virtio_pci", "virtio_net", "virtio_console", "virtio_pmem"];
 
 /// What goes into a guest's image.
 pub(super) struct Contents<'a> {
@@ -25,7 +29,9 @@ pub(super) struct Contents<'a> {
     /// The lab's own program.
     pub(super) agent: &'a Path,
     /// The shipped interrupt service.
-    pub(super) service: Option<PathBuf>,
+    pub(super) service: &'a Path,
+    /// The shipped guest module, built for the kernel. Loaded on request only.
+    pub(super) module: &'a Path,
 }
 
 /// Writes the image to `path`.
@@ -43,9 +49,8 @@ pub(super) fn build(path: &Path, contents: &Contents<'_>) -> Result<(), Error> {
     image.file("load", 0o644, load.as_bytes()).map_err(Error::file("add", path))?;
     add_agent(&mut image, contents.agent)?;
     add_tools(&mut image, tools, path)?;
-    if let Some(service) = &contents.service {
-        image.copy(service, SERVICE, 0o755)?;
-    }
+    image.copy(contents.service, SERVICE, 0o755)?;
+    image.copy(contents.module, MODULE, 0o644)?;
     for folder in ["proc", "sys", "dev", "tmp", "run", "etc"] {
         image.folder(folder).map_err(Error::file("add", path))?;
     }

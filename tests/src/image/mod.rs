@@ -2,6 +2,7 @@
 
 mod guest;
 mod host;
+mod ivcpu_module;
 mod modules;
 
 use std::collections::BTreeSet;
@@ -15,7 +16,7 @@ use tempfile::NamedTempFile;
 use crate::provision::{Kernel, Provision};
 use crate::workspace::Workspace;
 use guest::Contents;
-pub use guest::SERVICE;
+pub use guest::{MODULE, SERVICE};
 pub use host::build_host;
 
 /// Where the guest image for `kernel` lies.
@@ -25,12 +26,12 @@ pub fn guest_image(workspace: &Workspace, kernel: Kernel) -> PathBuf {
 
 /// Makes the guest image for `kernel`, out of what is built and provisioned now.
 pub fn prepare_guest(workspace: &Workspace, provision: &Provision, kernel: Kernel) -> Result<(), Error> {
-    let service = workspace.root().join("guest-driver/service/ivcpu-irq");
     let contents = Contents {
         kernel: &provision.kernel(kernel)?,
         tools: &provision.tools()?,
         agent: &workspace.release().join("ivcpu-lab"),
-        service: service.exists().then_some(service),
+        service: &workspace.root().join("guest-driver/service/ivcpu-irq"),
+        module: &ivcpu_module::build(workspace, provision, kernel)?,
     };
     guest::build(&guest_image(workspace, kernel), &contents)
 }
@@ -59,6 +60,14 @@ pub enum Error {
     /// A module file without the facts every module carries.
     #[error("{0} is not a kernel module: {1}")]
     NotAModule(PathBuf, String),
+    /// kbuild could not make the guest module.
+    #[error("building ivcpu.ko for {release} failed:\n{message}")]
+    Module {
+        /// The kernel's release.
+        release: String,
+        /// What make and the compiler said.
+        message: String,
+    },
     /// A tool was missing.
     #[error(transparent)]
     Provision(#[from] crate::provision::Error),

@@ -3,11 +3,11 @@
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use nix::sys::signal::Signal;
 use serde::Deserialize;
 
@@ -23,8 +23,10 @@ pub struct BackendConfig {
     pub queue_pairs: u16,
     /// What `--poll-us` says: microseconds, or `always`.
     pub poll: String,
-    /// Where its poll threads run.
+    /// Where its poll threads run; anywhere if empty.
     pub pcpus: Vec<usize>,
+    /// What `--fifo` says.
+    pub fifo: Option<String>,
 }
 
 /// One queue's counters, as the backend gives them.
@@ -46,6 +48,16 @@ pub struct QueueStats {
     pub calls: u64,
     /// Call notifications the driver suppressed.
     pub calls_suppressed: u64,
+    /// Notifications virtio's suppression rule asked for.
+    pub completions: u64,
+    /// Those put into the FIFO as entries.
+    pub fifo_entries: u64,
+    /// Those that an entry already there covers.
+    pub fifo_merged: u64,
+    /// Calls because the IVCPU slept or was absent although a FIFO is in use.
+    pub wakeups: u64,
+    /// Calls because the IVCPU left an entry waiting for too long.
+    pub fallbacks: u64,
 }
 
 /// The backend's counters.
@@ -65,25 +77,45 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// Starts it in the wire's namespace and waits until it listens.
+    /// Starts it, in the wire's namespace if it serves a TAP there, and waits until it listens.
     pub fn start(host: &Host, config: &BackendConfig) -> anyhow::Result<Self> {
         let socket = host.scratch().join("backend.sock");
         let stats = host.scratch().join("backend-stats.sock");
         let log = host.log("backend.log")?;
         let affinity: Vec<_> = config.pcpus.iter().map(usize::to_string).collect();
-        let mut words: Vec<String> = Wire::enter_words().into();
+        // Only a TAP has a wire to it.
+        let mut words = Vec::new();
+        if config.uplink.starts_with("tap:") {
+            words.extend(Wire::enter_words());
+        }
         words.extend([host.binary("ivcpu-backend").display().to_string()]);
         words.extend(["--socket-path".into(), socket.display().to_string()]);
         words.extend(["--uplink".into(), config.uplink.clone()]);
         words.extend(["--queue-pairs".into(), config.queue_pairs.to_string()]);
         words.extend(["--poll-us".into(), config.poll.clone()]);
-        words.extend(["--affinity".into(), format!("[{}]", affinity.join(","))]);
+        if !affinity.is_empty() {
+            words.extend(["--affinity".into(), format!("[{}]", affinity.join(","))]);
+        }
         words.extend(["--stats-socket".into(), stats.display().to_string()]);
+        words.extend(config.fifo.iter().flat_map(|fifo| ["--fifo".into(), fifo.clone()]));
         let mut process = Process::spawn("ivcpu-backend", &words[0], |command| {
             command.args(&words[1..]).stdin(Stdio::null()).stderr(log);
         })?;
         wait_for_socket(&mut process, &socket).context("see backend.log")?;
         Ok(Self { process, socket, stats })
+    }
+
+    /// Makes the FIFO region's file, as one does for a VMM that does not.
+    pub fn create_region(host: &Host, path: &Path) -> anyhow::Result<()> {
+        let program = host.binary("ivcpu-backend");
+        let output = Command::new(&program)
+            .args(["fifo", "create"])
+            .arg(path)
+            .stdin(Stdio::null())
+            .output()
+            .with_context(|| format!("running {}", program.display()))?;
+        ensure!(output.status.success(), "fifo create: {}", String::from_utf8_lossy(&output.stderr).trim());
+        Ok(())
     }
 
     /// The vhost-user socket.

@@ -13,14 +13,14 @@ const RESUME: Duration = Duration::from_secs(60);
 /// Payload bytes that show a flow.
 const ENOUGH: u64 = 1_000_000;
 
-/// Sends a stream out of the guest, then one into it, over as many connections; each must have moved a megabyte
-/// within two seconds, every byte as it was sent.
-pub fn move_both_ways(testbed: &mut Testbed, connections: u16) -> anyhow::Result<()> {
+/// Sends a stream out of the guest, then one into it, over as many connections and `seconds` each; each must have moved
+/// a megabyte, every byte as it was sent.
+pub fn move_both_ways(testbed: &mut Testbed, connections: u16, seconds: u64) -> anyhow::Result<()> {
     for workload in [Workload::TcpOut, Workload::TcpIn] {
         let traffic = Traffic { connections, ..Traffic::new(workload) };
         let wire_end = testbed.wire.listen(traffic)?;
         testbed.vm.start_traffic(traffic)?;
-        sleep(Duration::from_secs(2));
+        sleep(Duration::from_secs(seconds));
         let guest_end = testbed.vm.stop_traffic()?;
         let wire_end = wire_end.stop();
         ensure!(guest_end.failure.is_none() && wire_end.failure.is_none(), "{guest_end:?} {wire_end:?}");

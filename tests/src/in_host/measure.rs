@@ -11,15 +11,18 @@ use anyhow::{Context, bail};
 use ivcpu_vmm::exits::{Counter, Snapshot};
 use serde::{Deserialize, Serialize};
 
-use super::{Backend, Host, Setup, TAP, Testbed};
-use crate::figures::{Load, Window};
+use super::{Backend, BackendStats, Host, QueueStats, Setup, TAP, Testbed};
+use crate::figures::{FifoCounts, Load, Window};
 use crate::pcpu;
 use crate::procfs::Interrupt;
-use crate::result::{GuestIrqs, Role, word};
+use crate::result::{GuestIrqs, Mode, Role, word};
 use crate::traffic::{Counts, End, Traffic, Workload};
 
 /// Time for traffic, or for a bystander, to become steady.
 const WARM_UP: Duration = Duration::from_secs(1);
+
+/// A window that waits for FIFO entries ends after this.
+const LONGEST_WINDOW: Duration = Duration::from_secs(90);
 
 /// What to measure.
 #[derive(Clone, Debug, clap::Args)]
@@ -36,6 +39,12 @@ pub struct Plan {
     /// Length of a window in seconds
     #[arg(long, default_value_t = 3.0, value_parser = positive)]
     pub seconds: f64,
+    /// Instead of that, one window of each workload that ends with so many FIFO entries (or after 90 seconds)
+    #[arg(long)]
+    pub entries: Option<u64>,
+    /// Whether the bystander runs beside the traffic; it always does in the control
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
+    pub with_bystander: bool,
 }
 
 /// Parses a number of seconds above 0.
@@ -60,12 +69,13 @@ pub struct Measured {
 impl Plan {
     /// The words that make `ivcpu-lab measure` carry the plan out.
     pub fn words(&self) -> Vec<String> {
-        let Self { setup, workloads, windows, seconds } = self;
+        let Self { setup, workloads, windows, seconds, entries, with_bystander } = self;
         let workloads: Vec<_> = workloads.iter().map(|workload| word(*workload)).collect();
         let mut words = vec![
             format!("--vmm={}", word(setup.vmm)),
             format!("--backend={}", word(setup.backend)),
             format!("--mode={}", word(setup.mode)),
+            format!("--carrier={}", word(setup.carrier)),
             format!("--layout={}", word(setup.layout)),
             format!("--pv-eoi={}", setup.pv_eoi),
             format!("--queue-pairs={}", setup.queue_pairs),
@@ -73,8 +83,13 @@ impl Plan {
             format!("--workloads={}", workloads.join(",")),
             format!("--windows={windows}"),
             format!("--seconds={seconds}"),
+            format!("--with-bystander={with_bystander}"),
         ];
+        words.extend(entries.iter().map(|entries| format!("--entries={entries}")));
         words.extend(setup.poll_us.iter().map(|us| format!("--poll-us={us}")));
+        words.extend(setup.ivcpu_poll_us.iter().map(|us| format!("--ivcpu-poll-us={us}")));
+        words.extend(setup.fifo_option.iter().map(|option| format!("--fifo-option={option}")));
+        words.extend(setup.halt_poll_us.iter().map(|us| format!("--halt-poll-us={us}")));
         words
     }
 }
@@ -92,6 +107,9 @@ pub fn measure(host: &mut Host, plan: &Plan) -> anyhow::Result<Measured> {
     let mut meter = Meter { host, testbed, counter };
     thread::sleep(WARM_UP);
     let control = meter.windows(plan, None)?;
+    if !plan.with_bystander {
+        meter.testbed.vm.stop_bystander()?;
+    }
     let mut workloads = Vec::new();
     for workload in &plan.workloads {
         workloads.push(meter.workload(plan, *workload)?);
@@ -100,7 +118,9 @@ pub fn measure(host: &mut Host, plan: &Plan) -> anyhow::Result<Measured> {
     let Meter { testbed, counter, .. } = meter;
     drop(counter);
     let Testbed { mut vm, .. } = testbed;
-    vm.stop_bystander()?;
+    if plan.with_bystander {
+        vm.stop_bystander()?;
+    }
     let status = vm.power_off()?;
     if !status.success() {
         bail!("the VMM ended with {status} after the guest's power-off");
@@ -133,11 +153,43 @@ struct GuestSample {
 /// What the host knows.
 struct HostSample {
     cpu_times: Vec<u64>,
-    kicks_and_calls: Option<(u64, u64)>,
+    backend: Option<Notifications>,
     packets: u64,
     wire: Counts,
     exits: Snapshot,
     at: Instant,
+}
+
+/// What passed between the backend and the driver besides frames, over all queues.
+#[derive(Clone, Copy, Debug)]
+struct Notifications {
+    kicks: u64,
+    completions: u64,
+    fifo: FifoCounts,
+}
+
+impl Notifications {
+    fn of(stats: &BackendStats) -> Self {
+        let sum = |count: fn(&QueueStats) -> u64| stats.queues.iter().map(count).sum();
+        let fifo = FifoCounts {
+            entries: sum(|q| q.fifo_entries),
+            merged: sum(|q| q.fifo_merged),
+            wakeups: sum(|q| q.wakeups),
+            fallbacks: sum(|q| q.fallbacks),
+        };
+        Self { kicks: sum(|q| q.kicks), completions: sum(|q| q.completions), fifo }
+    }
+
+    fn since(&self, before: &Self) -> Self {
+        let (now, then) = (&self.fifo, &before.fifo);
+        let fifo = FifoCounts {
+            entries: now.entries - then.entries,
+            merged: now.merged - then.merged,
+            wakeups: now.wakeups - then.wakeups,
+            fallbacks: now.fallbacks - then.fallbacks,
+        };
+        Self { kicks: self.kicks - before.kicks, completions: self.completions - before.completions, fifo }
+    }
 }
 
 impl Meter<'_> {
@@ -163,7 +215,8 @@ impl Meter<'_> {
     }
 
     fn windows(&mut self, plan: &Plan, load: Option<(Workload, &End)>) -> anyhow::Result<Load> {
-        let windows: anyhow::Result<_> = (0..plan.windows).map(|_| self.window(plan, load)).collect();
+        let count = if load.is_some() && plan.entries.is_some() { 1 } else { plan.windows };
+        let windows: anyhow::Result<_> = (0..count).map(|_| self.window(plan, load)).collect();
         Ok(Load { windows: windows?, bytes_verified: None })
     }
 
@@ -171,36 +224,49 @@ impl Meter<'_> {
         if load.is_some() {
             self.testbed.vm.reset_latency()?;
         }
-        let guest_before = self.guest_sample(load.is_some())?;
+        let bystander = plan.with_bystander || load.is_none();
+        let guest_before = self.guest_sample(load.is_some(), bystander)?;
         let before = self.host_sample(load)?;
         thread::sleep(Duration::from_secs_f64(plan.seconds));
+        if let (Some(entries), true) = (plan.entries, load.is_some()) {
+            self.wait_for_entries(&before, entries)?;
+        }
         let after = self.host_sample(load)?;
-        let guest_after = self.guest_sample(load.is_some())?;
+        let guest_after = self.guest_sample(load.is_some(), bystander)?;
         let workload = load.map(|(workload, _)| workload);
         self.difference(plan, workload, (&before, &guest_before), (&after, &guest_after))
     }
 
-    fn guest_sample(&mut self, traffic: bool) -> anyhow::Result<GuestSample> {
+    /// Waits until the FIFO has had `entries` entries since `before`. Whoever asked for them checks the count: a
+    /// window that is too long to wait for says so by it.
+    fn wait_for_entries(&self, before: &HostSample, entries: u64) -> anyhow::Result<()> {
+        let before_them = before.backend.context("no backend of ours runs")?.fifo.entries;
+        while before.at.elapsed() < LONGEST_WINDOW {
+            let backend = self.testbed.backend.as_ref().context("no backend of ours runs")?;
+            if Notifications::of(&backend.stats()?).fifo.entries >= before_them + entries {
+                break;
+            }
+            thread::sleep(Duration::from_millis(500));
+        }
+        Ok(())
+    }
+
+    fn guest_sample(&mut self, traffic: bool, bystander: bool) -> anyhow::Result<GuestSample> {
         Ok(GuestSample {
             interrupts: self.testbed.vm.interrupts()?,
             counts: if traffic { self.testbed.vm.traffic_counts()? } else { Counts::default() },
-            iterations: self.testbed.vm.iterations()?,
+            iterations: if bystander { self.testbed.vm.iterations()? } else { Vec::new() },
         })
     }
 
     fn host_sample(&mut self, load: Option<(Workload, &End)>) -> anyhow::Result<HostSample> {
-        let kicks_and_calls = match &self.testbed.backend {
-            Some(backend) => {
-                let queues = backend.stats()?.queues;
-                Some((queues.iter().map(|q| q.kicks).sum(), queues.iter().map(|q| q.calls).sum()))
-            }
-            None => None,
-        };
+        let backend = &self.testbed.backend;
+        let backend = backend.as_ref().map(Backend::stats).transpose()?.as_ref().map(Notifications::of);
         // Whoever feeds the guest lives in the wire's namespace, so its view of the network has the TAP.
         let feeder = self.testbed.backend.as_ref().map_or_else(|| self.testbed.vm.id(), Backend::id);
         Ok(HostSample {
             cpu_times: self.host.outside.cpu_times()?,
-            kicks_and_calls,
+            backend,
             packets: frames(&format!("/proc/{feeder}/net/dev"))?,
             wire: load.map(|(_, end)| end.counts()).unwrap_or_default(),
             exits: self.counter.snapshot()?,
@@ -241,7 +307,8 @@ impl Meter<'_> {
             .filter(|(role, _)| **role == Role::App)
             .map(|(_, seconds)| seconds)
             .sum();
-        let backend = after.kicks_and_calls.zip(before.kicks_and_calls);
+        let backend = after.backend.zip(before.backend).map(|(after, before)| after.since(&before));
+        let bystander = plan.with_bystander || workload.is_none();
 
         Ok(Window {
             seconds: after.at.duration_since(before.at).as_secs_f64(),
@@ -257,9 +324,11 @@ impl Meter<'_> {
             },
             transactions: after.wire.transactions - before.wire.transactions,
             latency_us: guest_after.counts.latency_us,
-            completions: backend.map(|(after, before)| after.1 - before.1),
-            kicks: backend.map(|(after, before)| after.0 - before.0),
-            bystander_rate: (application_seconds > 0.0).then(|| iterations as f64 / application_seconds),
+            completions: backend.map(|b| b.completions),
+            kicks: backend.map(|b| b.kicks),
+            fifo: backend.filter(|_| plan.setup.mode == Mode::Fifo).map(|b| b.fifo),
+            bystander_rate: (bystander && application_seconds > 0.0)
+                .then(|| iterations as f64 / application_seconds),
             guest_irqs: Some(queue_interrupts(&guest_before.interrupts, &guest_after.interrupts, ivcpu)?),
             cpu_seconds,
         })

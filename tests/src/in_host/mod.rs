@@ -2,6 +2,7 @@
 
 pub mod agent;
 mod backend;
+pub mod fifo_guest;
 pub mod flow;
 pub mod measure;
 mod outside;
@@ -26,7 +27,7 @@ pub use backend::{Backend, BackendConfig, BackendStats, QueueStats};
 pub use outside::Outside;
 pub use testbed::{Setup, Testbed};
 pub use vm::Vm;
-pub use vmm::{Layout, Net, VmConfig, Vmm};
+pub use vmm::{FifoRegion, Layout, Net, VmConfig, Vmm};
 pub use wire::{TAP, Wire};
 
 /// The host a scenario runs in.
@@ -54,10 +55,22 @@ impl Host {
         Self::enter(Outside::Native, logs)
     }
 
+    /// This machine, whatever it is, for guests that QEMU emulates: nothing is pinned, nothing needs a privilege.
+    pub fn for_emulated_guests() -> anyhow::Result<Self> {
+        let workspace = Workspace::locate()?;
+        let logs = workspace.cache().join("share");
+        fs::create_dir_all(&logs).with_context(|| format!("making {}", logs.display()))?;
+        Self::with(workspace, Outside::Native, logs)
+    }
+
     fn enter(outside: Outside, logs: PathBuf) -> anyhow::Result<Self> {
         pcpu::pin(0, &[pcpu::wire()]).context("pinning the scenario")?;
-        let scratch = tempfile::tempdir().context("making a temporary folder")?;
-        Ok(Self { workspace: Workspace::locate()?, outside, logs, scratch })
+        Self::with(Workspace::locate()?, outside, logs)
+    }
+
+    fn with(workspace: Workspace, outside: Outside, logs: PathBuf) -> anyhow::Result<Self> {
+        let scratch = tempfile::tempdir_in("/dev/shm").context("making a temporary folder")?;
+        Ok(Self { workspace, outside, logs, scratch })
     }
 
     /// Whether this is the emulated host, which is gone after the run.
@@ -74,7 +87,7 @@ impl Host {
         Ok((Provision::new(&self.workspace).kernel(kernel)?.image, image))
     }
 
-    /// A folder for sockets.
+    /// A folder, in memory, for sockets and the FIFO region.
     pub fn scratch(&self) -> &Path {
         self.scratch.path()
     }

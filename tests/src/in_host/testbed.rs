@@ -3,10 +3,14 @@
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
-use super::{Backend, BackendConfig, Host, Layout, Net, TAP, Vm, VmConfig, Vmm, Wire};
+use super::fifo_guest::{load_module, run};
+use super::{Backend, BackendConfig, FifoRegion, Host, Layout, Net, TAP, Vm, VmConfig, Vmm, Wire};
 use crate::pcpu;
 use crate::provision::Kernel;
-use crate::result::{self, Mode, Role};
+use crate::result::{self, Carrier, Mode, Role};
+
+/// Two real cores carry the emulated host's five: while an emulated pCPU waits for one of them, so do entries.
+const PATIENCE: &str = "bound_us=200000";
 
 /// What to bring up.
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
@@ -17,9 +21,25 @@ pub struct Setup {
     /// What feeds its network device (vhost-net: under QEMU only)
     #[arg(long, default_value = "ivcpu")]
     pub backend: result::Backend,
-    /// How completions reach it; `irq` adds the IVCPU and starts the interrupt service in the guest
+    /// How completions reach it; all but `stock` add the IVCPU, `fifo` loads the guest module, the others start the
+    /// interrupt service in the guest
     #[arg(long, default_value = "irq")]
     pub mode: Mode,
+    /// What shows the FIFO region to the guest
+    #[arg(long, default_value = "ivshmem")]
+    pub carrier: Carrier,
+    /// The guest module's poll_us: microseconds the IVCPU polls without work before it sleeps [default: the module's]
+    #[arg(long)]
+    pub ivcpu_poll_us: Option<u64>,
+    /// More suboptions for the backend's --fifo [default: none; in the emulated host a bound_us=]
+    #[arg(long)]
+    pub fifo_option: Option<String>,
+    /// Show the FIFO region, but start the interrupt service instead of loading the guest module
+    #[arg(long)]
+    pub without_module: bool,
+    /// Microseconds an idle application vCPU polls before it halts [default: the guest kernel's own choice]
+    #[arg(long)]
+    pub halt_poll_us: Option<u64>,
     /// Where its vCPUs run
     #[arg(long, default_value = "pinned")]
     pub layout: Layout,
@@ -43,6 +63,11 @@ impl Default for Setup {
             vmm: Vmm::IvcpuVmm,
             backend: result::Backend::Ivcpu,
             mode: Mode::Irq,
+            carrier: Carrier::Ivshmem,
+            ivcpu_poll_us: None,
+            fifo_option: None,
+            without_module: false,
+            halt_poll_us: None,
             layout: Layout::Pinned,
             pv_eoi: true,
             queue_pairs: 1,
@@ -62,14 +87,25 @@ impl Setup {
         let mut roles = vec![Role::Other; pcpu::FEWEST.max(wire + 1)];
         roles[wire] = Role::Wire;
         roles[pcpu::BACKEND] = Role::Backend;
-        roles[pcpu::IVCPU] = if self.mode == Mode::Irq { Role::Ivcpu } else { Role::Other };
+        roles[pcpu::IVCPU] = if self.mode.has_ivcpu() { Role::Ivcpu } else { Role::Other };
         for vcpu in 0..pcpu::APPLICATION.len() {
             self.layout.application(vcpu).into_iter().for_each(|pcpu| roles[pcpu] = Role::App);
         }
         roles
     }
 
-    fn backend_config(&self) -> anyhow::Result<BackendConfig> {
+    /// Where the FIFO region's file is, in a mode that has one.
+    fn fifo(&self, host: &Host) -> Option<FifoRegion> {
+        let path = host.scratch().join("fifo");
+        (self.mode == Mode::Fifo).then_some(FifoRegion { path, carrier: self.carrier })
+    }
+
+    fn backend_config(&self, host: &Host) -> anyhow::Result<BackendConfig> {
+        let fifo = self.fifo(host).map(|region| {
+            let more = self.fifo_option.as_deref().or(host.is_emulated().then_some(PATIENCE));
+            let more = more.map(|more| format!(",{more}")).unwrap_or_default();
+            format!("path={}{more}", region.path.display())
+        });
         Ok(BackendConfig {
             uplink: format!("tap:{TAP}"),
             queue_pairs: self.queue_pairs,
@@ -79,6 +115,7 @@ impl Setup {
                 Layout::Pinned => pcpu::BACKEND,
                 Layout::Paper => pcpu::wire(),
             }],
+            fifo,
         })
     }
 }
@@ -102,8 +139,13 @@ impl Testbed {
         let wire = Wire::set_up(setup.queue_pairs)?;
         let backend = match setup.backend {
             result::Backend::VhostNet => None,
-            result::Backend::Ivcpu => Some(Backend::start(host, &setup.backend_config()?)?),
+            result::Backend::Ivcpu => Some(Backend::start(host, &setup.backend_config(host)?)?),
         };
+        let fifo = setup.fifo(host);
+        if let (Some(region), Vmm::Qemu) = (&fifo, setup.vmm) {
+            // Our own VMM makes the region itself.
+            Backend::create_region(host, &region.path)?;
+        }
         let (kernel, image) = host.guest_files(setup.kernel)?;
         let config = VmConfig {
             vmm: setup.vmm,
@@ -112,12 +154,13 @@ impl Testbed {
             kernel_words: String::new(),
             application_vcpus: pcpu::APPLICATION.len(),
             layout: setup.layout,
-            ivcpu: setup.mode == Mode::Irq,
+            ivcpu: setup.mode.has_ivcpu(),
+            fifo,
             pv_eoi: setup.pv_eoi,
             net: backend.as_ref().map_or(Net::VhostNet, |backend| Net::VhostUser(backend.socket().into())),
             queue_pairs: setup.queue_pairs,
         };
-        let vm = boot(host, &config)?;
+        let vm = boot(host, setup, &config)?;
         Ok(Self { vm, backend, wire, config, setup: setup.clone() })
     }
 
@@ -133,7 +176,7 @@ impl Testbed {
 
     /// Starts it again.
     pub fn restart_backend(&mut self, host: &Host) -> anyhow::Result<()> {
-        self.backend = Some(Backend::start(host, &self.setup.backend_config()?)?);
+        self.backend = Some(Backend::start(host, &self.setup.backend_config(host)?)?);
         Ok(())
     }
 
@@ -141,17 +184,48 @@ impl Testbed {
     pub fn replace_vm(self, host: &Host) -> anyhow::Result<Self> {
         let Self { vm, backend, wire, config, setup } = self;
         vm.kill()?;
-        Ok(Self { vm: boot(host, &config)?, backend, wire, config, setup })
+        Ok(Self { vm: boot(host, &setup, &config)?, backend, wire, config, setup })
     }
 }
 
-fn boot(host: &Host, config: &VmConfig) -> anyhow::Result<Vm> {
+fn boot(host: &Host, setup: &Setup, config: &VmConfig) -> anyhow::Result<Vm> {
     let mut vm = Vm::boot(host, config)?;
     vm.bring_up_network(config.queue_pairs)?;
-    if config.ivcpu {
-        vm.start_service()?;
+    let ivcpu = config.application_vcpus;
+    match setup.mode {
+        Mode::Stock => {}
+        Mode::Irq => vm.start_service()?,
+        Mode::Fifo if setup.without_module => vm.start_service()?,
+        Mode::Fifo => load_module(&mut vm, ivcpu, setup.ivcpu_poll_us)?,
+        Mode::ThreadedNapi => {
+            vm.start_service()?;
+            run(&mut vm, &threaded_napi_on(ivcpu))?;
+        }
+    }
+    if let Some(us) = setup.halt_poll_us {
+        run(&mut vm, &poll_when_idle(us))?;
     }
     Ok(vm)
+}
+
+/// Has the kernel run the network device's NAPI in threads on CPU `cpu`.
+fn threaded_napi_on(cpu: usize) -> String {
+    format!(
+        "echo 1 > /sys/class/net/eth0/threaded && cd /proc && n=0 && for task in [0-9]*; do \
+         case $(cat $task/comm 2>/dev/null) in napi/eth0-*) taskset -p {mask:x} $task > /dev/null && n=1;; esac; done; \
+         [ $n = 1 ]",
+        mask = 1u64 << cpu
+    )
+}
+
+/// Has idle vCPUs poll for `us` microseconds before they halt, from the first time on.
+fn poll_when_idle(us: u64) -> String {
+    let ns = us * 1000;
+    format!(
+        "cd /sys/module/haltpoll/parameters && echo {ns} > guest_halt_poll_ns && \
+         echo {ns} > guest_halt_poll_grow_start && echo N > guest_halt_poll_allow_shrink && \
+         grep -q haltpoll /sys/devices/system/cpu/cpuidle/current_driver"
+    )
 }
 
 #[cfg(test)]

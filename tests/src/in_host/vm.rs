@@ -42,7 +42,7 @@ impl Vm {
     /// word. It is started anew then, three times at most, and each time is reported. A guest of our own
     /// VMM gets one start: whatever happens to it is our business.
     pub fn boot(host: &Host, config: &VmConfig) -> anyhow::Result<Self> {
-        let starts = if config.vmm == Vmm::Qemu { STARTS } else { 1 };
+        let starts = if config.vmm.is_qemu() { STARTS } else { 1 };
         for start in 1..starts {
             match Self::start(host, config) {
                 Ok(vm) => return Ok(vm),
@@ -58,47 +58,68 @@ impl Vm {
         let _ = fs::remove_file(&qmp);
         let words = match config.vmm {
             Vmm::IvcpuVmm => config.ivcpu_vmm_words(&host.binary("ivcpu-vmm")),
-            Vmm::Qemu => {
-                let mut words: Vec<String> = Wire::enter_words().into();
+            Vmm::Qemu | Vmm::QemuTcg => {
+                let mut words = Vec::new();
+                if matches!(config.net, Net::VhostNet) {
+                    words.extend(Wire::enter_words());
+                }
                 words.extend(config.qemu_words(&host.launcher("qemu-system-x86_64"), &qmp));
                 words
             }
         };
-        let log = host.log("guest.log")?;
-        let errors = log.try_clone()?;
-        let mut process = Process::spawn("the VMM", &words[0], |command| {
-            command.args(&words[1..]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(errors);
-        })?;
-        let input = process.child().stdin.take().context("the VMM's standard input")?;
-        let output = process.child().stdout.take().context("the VMM's standard output")?;
-        let (sender, answers) = channel();
-        thread::spawn(move || watch_serial(BufReader::new(output), log, &sender));
-
-        let mut vcpu_threads = Vec::new();
-        let mut qemu = None;
-        if config.vmm == Vmm::Qemu {
+        let mut vm = Self::spawn(host, &words)?;
+        if config.vmm.is_qemu() {
             let mut connection = Qmp::connect(&qmp).context("see guest.log")?;
-            vcpu_threads = connection.vcpu_threads()?;
-            for (vcpu, thread) in vcpu_threads.iter().enumerate() {
-                pcpu::pin(*thread, &config.pcpus(vcpu)).context("pinning a vCPU")?;
+            vm.vcpu_threads = connection.vcpu_threads()?;
+            if config.vmm == Vmm::Qemu {
+                for (vcpu, thread) in vm.vcpu_threads.iter().enumerate() {
+                    pcpu::pin(*thread, &config.pcpus(vcpu)).context("pinning a vCPU")?;
+                }
             }
             if matches!(config.net, Net::VhostNet) {
-                pin_vhost_workers(process.id())?;
+                pin_vhost_workers(vm.id())?;
             }
             connection.start_machine()?;
-            qemu = Some(connection);
+            vm.qemu = Some(connection);
         }
-        let mut vm = Self { process, input, answers, vcpu_threads, qemu, boot_time: Duration::ZERO };
-        match vm.answer(BOOT).context("the guest did not come up, see guest.log")? {
-            Answer::Hello { cpus, .. } if cpus == config.vcpus() => {}
-            Answer::Hello { cpus, .. } => bail!("the guest has {cpus} CPUs, not {}", config.vcpus()),
-            other => bail!("the guest said {other:?} instead of hello"),
-        }
+        vm.wait_for_hello(config.vcpus())?;
         if config.vmm == Vmm::IvcpuVmm {
             vm.vcpu_threads = own_vcpu_threads(vm.id())?;
         }
         vm.boot_time = begin.elapsed();
         Ok(vm)
+    }
+
+    /// A VMM started by a command of any kind, with the guest's serial line on its standard input and output. Of
+    /// its vCPU threads nothing is known.
+    pub fn boot_by(host: &Host, words: &[String], vcpus: usize) -> anyhow::Result<Self> {
+        let begin = Instant::now();
+        let mut vm = Self::spawn(host, words)?;
+        vm.wait_for_hello(vcpus)?;
+        vm.boot_time = begin.elapsed();
+        Ok(vm)
+    }
+
+    fn spawn(host: &Host, words: &[String]) -> anyhow::Result<Self> {
+        let log = host.log("guest.log")?;
+        let errors = log.try_clone()?;
+        let (program, arguments) = words.split_first().context("an empty command")?;
+        let mut process = Process::spawn("the VMM", program, |command| {
+            command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(errors);
+        })?;
+        let input = process.child().stdin.take().context("the VMM's standard input")?;
+        let output = process.child().stdout.take().context("the VMM's standard output")?;
+        let (sender, answers) = channel();
+        thread::spawn(move || watch_serial(BufReader::new(output), log, &sender));
+        Ok(Self { process, input, answers, vcpu_threads: vec![], qemu: None, boot_time: Duration::ZERO })
+    }
+
+    fn wait_for_hello(&mut self, vcpus: usize) -> anyhow::Result<()> {
+        match self.answer(BOOT).context("the guest did not come up, see guest.log")? {
+            Answer::Hello { cpus, .. } if cpus == vcpus => Ok(()),
+            Answer::Hello { cpus, .. } => bail!("the guest has {cpus} CPUs, not {vcpus}"),
+            other => bail!("the guest said {other:?} instead of hello"),
+        }
     }
 
     /// The VMM's process id.

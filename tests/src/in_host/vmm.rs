@@ -6,12 +6,15 @@ use serde::{Deserialize, Serialize};
 
 use super::wire::TAP;
 use crate::pcpu;
+use crate::result::Carrier;
 
 /// Words on every guest's kernel command line.
 const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1";
 const MEMORY: &str = "512M";
 /// How often QEMU looks for a vhost-user backend that is gone, in milliseconds.
 const RECONNECT_MS: u32 = 100;
+/// Size of a FIFO region as it is made by default.
+const FIFO_SIZE: &str = "2M";
 const MAC: &str = "52:54:00:49:56:01";
 
 /// Who runs the guest.
@@ -20,8 +23,17 @@ const MAC: &str = "52:54:00:49:56:01";
 pub enum Vmm {
     /// Ours.
     IvcpuVmm,
-    /// Stock QEMU.
+    /// Stock QEMU on KVM.
     Qemu,
+    /// Stock QEMU that emulates the vCPUs too: no KVM, no pinning.
+    QemuTcg,
+}
+
+impl Vmm {
+    /// Whether it is QEMU, which shows its vCPUs over QMP and knows no IVCPU.
+    pub fn is_qemu(self) -> bool {
+        self != Vmm::IvcpuVmm
+    }
 }
 
 /// The guest's network device.
@@ -33,6 +45,15 @@ pub enum Net {
     VhostNet,
     /// None.
     Absent,
+}
+
+/// The FIFO region, and what shows it to the guest.
+#[derive(Clone, Debug)]
+pub struct FifoRegion {
+    /// Its file.
+    pub path: PathBuf,
+    /// What shows it.
+    pub carrier: Carrier,
 }
 
 /// Where application vCPUs run.
@@ -72,6 +93,8 @@ pub struct VmConfig {
     pub layout: Layout,
     /// One more vCPU, the IVCPU.
     pub ivcpu: bool,
+    /// The FIFO region its IVCPU polls.
+    pub fifo: Option<FifoRegion>,
     /// Paravirtual end of interrupt.
     pub pv_eoi: bool,
     /// The network device.
@@ -119,7 +142,8 @@ impl VmConfig {
         option("--serial", "tty".into());
         if self.ivcpu {
             // The VMM itself adds the words that keep tasks off the IVCPU.
-            option("--ivcpu", format!("affinity=[{}]", pcpu::IVCPU));
+            let fifo = self.fifo.iter().map(|region| format!(",fifo={}", region.path.display()));
+            option("--ivcpu", format!("affinity=[{}]{}", pcpu::IVCPU, fifo.collect::<String>()));
         }
         words
     }
@@ -127,17 +151,22 @@ impl VmConfig {
     /// QEMU's command line; the machine starts stopped, to be pinned first.
     pub(super) fn qemu_words(&self, program: &Path, qmp: &Path) -> Vec<String> {
         let mut words = vec![program.display().to_string()];
-        let fixed = "-nodefaults -no-user-config -display none -no-reboot -serial stdio -S -accel kvm";
+        let fixed = "-nodefaults -no-user-config -display none -no-reboot -serial stdio -S -accel";
         words.extend(fixed.split(' ').map(String::from));
+        words.push(if self.vmm == Vmm::QemuTcg { "tcg,thread=multi" } else { "kvm" }.into());
         let mut option = |name: &str, value: String| words.extend([name.to_string(), value]);
         option("-machine", "q35,memory-backend=ram".into());
         option("-object", format!("memory-backend-memfd,id=ram,size={MEMORY},share=on"));
-        option("-m", MEMORY.into());
-        option("-smp", self.vcpus().to_string());
         option(
-            "-cpu",
-            format!("host,kvm-pv-eoi={},kvm-hint-dedicated={}", on(self.pv_eoi), on(self.dedicated())),
+            "-m",
+            format!("{MEMORY}{}", if self.has(Carrier::VirtioPmem) { ",slots=2,maxmem=2G" } else { "" }),
         );
+        option("-smp", self.vcpus().to_string());
+        let cpu = match self.vmm {
+            Vmm::QemuTcg => "max".to_owned(),
+            _ => format!("host,kvm-pv-eoi={},kvm-hint-dedicated={}", on(self.pv_eoi), on(self.dedicated())),
+        };
+        option("-cpu", cpu);
         option("-qmp", format!("unix:{},server=on,wait=off", qmp.display()));
         option("-kernel", self.kernel.display().to_string());
         option("-initrd", self.image.display().to_string());
@@ -146,6 +175,18 @@ impl VmConfig {
             None => String::new(),
         };
         option("-append", self.command_line() + &isolation);
+        if let Some(FifoRegion { path, carrier }) = &self.fifo {
+            let path = path.display();
+            option(
+                "-object",
+                format!("memory-backend-file,id=fifo,share=on,mem-path={path},size={FIFO_SIZE}"),
+            );
+            let device = match carrier {
+                Carrier::Ivshmem => "ivshmem-plain",
+                Carrier::VirtioPmem => "virtio-pmem-pci",
+            };
+            option("-device", format!("{device},memdev=fifo"));
+        }
         let queues = self.queue_pairs;
         match &self.net {
             Net::Absent => return words,
@@ -168,6 +209,10 @@ impl VmConfig {
     /// Whether every vCPU has a pCPU to itself; our VMM finds that out and tells the guest, QEMU must be told to.
     fn dedicated(&self) -> bool {
         self.layout == Layout::Pinned
+    }
+
+    fn has(&self, carrier: Carrier) -> bool {
+        self.fifo.as_ref().is_some_and(|region| region.carrier == carrier)
     }
 
     fn command_line(&self) -> String {
@@ -196,6 +241,7 @@ mod tests {
             application_vcpus: 2,
             layout: Layout::Pinned,
             ivcpu: true,
+            fifo: None,
             pv_eoi: false,
             net,
             queue_pairs: 2,
@@ -242,6 +288,20 @@ mod tests {
         }
         let pcpus: Vec<_> = (0..config.vcpus()).map(|vcpu| config.pcpus(vcpu)).collect();
         assert_eq!(pcpus, [[0], [1], [3]]);
+    }
+
+    #[test]
+    fn both_vmms_show_the_fifo_region() {
+        let with = |vmm, carrier| VmConfig {
+            fifo: Some(FifoRegion { path: "/f".into(), carrier }),
+            ..config(vmm, Net::VhostUser("/s".into()))
+        };
+        let words = with(Vmm::IvcpuVmm, Carrier::Ivshmem).ivcpu_vmm_words(Path::new("/vmm"));
+        assert_eq!(words.last().map(String::as_str), Some("affinity=[3],fifo=/f"));
+        let qemu = |carrier| with(Vmm::Qemu, carrier).qemu_words(Path::new("/q"), Path::new("/m")).join(" ");
+        assert!(qemu(Carrier::Ivshmem).contains("mem-path=/f,size=2M -device ivshmem-plain,memdev=fifo"));
+        let pmem = qemu(Carrier::VirtioPmem);
+        assert!(pmem.contains("-m 512M,slots=2,maxmem=2G") && pmem.contains("virtio-pmem-pci,memdev=fifo"));
     }
 
     #[test]

@@ -58,6 +58,15 @@ struct Package {
     bytes: u64,
 }
 
+/// Packages to be unpacked together.
+#[derive(Clone, Copy)]
+pub(super) enum Selection<'a> {
+    /// These and no others.
+    Alone(&'a [&'a str]),
+    /// These with everything they depend on.
+    WithDependencies(&'a [&'a str]),
+}
+
 /// The archive, with our own apt state; one thread of one process at a time has it.
 pub(super) struct Archive {
     apt: Apt,
@@ -109,36 +118,29 @@ impl Archive {
             .ok_or_else(|| Error::NoKernel(metapackage.into(), suite.into()))
     }
 
-    /// Downloads `packages` alone and unpacks them into `into`.
+    /// What the headers package of a kernel needs for building modules: the headers shared by the flavours of its
+    /// release, and the build's own programs. (It also depends on a compiler and on the image.)
+    pub(super) fn needed_by_headers(&self, headers: &str, suite: &str) -> Result<Vec<String>, Error> {
+        let what = format!("looking up {headers}");
+        let target = format!("{headers}/{suite}");
+        let output = self.apt.run("apt-cache", &what, ["show", "--no-all-versions", &target])?;
+        Ok(build_packages(&String::from_utf8_lossy(&output.stdout)))
+    }
+
+    /// Downloads packages of `suite` and unpacks them into `into`.
     pub(super) fn unpack(
         &self,
         what: &str,
-        packages: &[&str],
+        selection: Selection<'_>,
         suite: &str,
         into: &Path,
     ) -> Result<(), Error> {
-        let list = ["-qq", "--print-uris", "-t", suite, "download"];
-        self.unpack_listed(what, list.iter().chain(packages), into)
-    }
-
-    /// Downloads `packages` with everything they depend on and unpacks all of it into `into`.
-    pub(super) fn unpack_closed(
-        &self,
-        what: &str,
-        packages: &[&str],
-        suite: &str,
-        into: &Path,
-    ) -> Result<(), Error> {
-        let list = ["-qq", "--print-uris", "--no-install-recommends", "-t", suite, "install"];
-        self.unpack_listed(what, list.iter().chain(packages), into)
-    }
-
-    fn unpack_listed<'a>(
-        &self,
-        what: &str,
-        list: impl Iterator<Item = &'a &'a str>,
-        into: &Path,
-    ) -> Result<(), Error> {
+        let (words, names) = match selection {
+            Selection::Alone(names) => (&["download"][..], names),
+            Selection::WithDependencies(names) => (&["--no-install-recommends", "install"][..], names),
+        };
+        let list = ["-qq", "--print-uris", "-t", suite];
+        let list = list.iter().chain(words).chain(names);
         let output = self.apt.run("apt-get", &format!("resolving {what}"), list)?;
         let packages = packages(&String::from_utf8_lossy(&output.stdout));
 
@@ -218,6 +220,16 @@ fn real_package(record: &str) -> Option<String> {
     Some(name.into())
 }
 
+/// The packages that a headers package's record depends on for building modules.
+fn build_packages(record: &str) -> Vec<String> {
+    let depends = record.lines().find_map(|line| line.strip_prefix("Depends: ")).unwrap_or_default();
+    let names = depends.split(", ").filter_map(|one| one.split(' ').next());
+    let of_the_build = |name: &&str| {
+        name.starts_with("linux-kbuild-") || (name.starts_with("linux-headers-") && name.ends_with("-common"))
+    };
+    names.filter(of_the_build).map(String::from).collect()
+}
+
 fn folder_bytes(folder: &Path) -> u64 {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.metadata().ok()).map(|m| if m.is_file() { m.len() } else { 0 }).sum()
@@ -243,6 +255,17 @@ mod tests {
         let record = "Package: linux-image-amd64\nDepends: linux-image-6.12.95+deb12-amd64 (= 6.12.95-1)\n";
         assert_eq!(real_package(record).as_deref(), Some("linux-image-6.12.95+deb12-amd64"));
         assert_eq!(real_package("Package: x\nDepends: libc6\n"), None);
+    }
+
+    #[test]
+    fn headers_need_the_common_ones_and_kbuild() {
+        let record = "Package: linux-headers-6.12.95+deb12-amd64\nDepends: linux-base (>= 4.12~), \
+                      linux-headers-6.12.95+deb12-common (= 6.12.95-1), linux-image-6.12.95+deb12-amd64 (= 6.12.95-1) | \
+                      linux-image-6.12.95+deb12-amd64-unsigned (= 6.12.95-1), linux-kbuild-6.12.95+deb12, gcc-12\n";
+        assert_eq!(
+            build_packages(record),
+            ["linux-headers-6.12.95+deb12-common", "linux-kbuild-6.12.95+deb12"]
+        );
     }
 
     #[test]

@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::workspace::Workspace;
-use archive::{Archive, BACKPORTS, SUITE};
+use archive::{Archive, BACKPORTS, SUITE, Selection};
 pub use unpacked::{Unpacked, listed_libraries};
 
 /// Why something the lab needs could not be provided.
@@ -86,6 +86,8 @@ pub struct KernelFiles {
     pub modules: PathBuf,
     /// What `uname -r` says in it.
     pub release: String,
+    /// The folder that kbuild makes modules for it from.
+    pub headers: PathBuf,
 }
 
 /// Provides what the lab needs, fetching what the cache lacks.
@@ -99,13 +101,18 @@ impl Provision {
         Self { workspace: workspace.clone() }
     }
 
-    /// The kernel `kernel`.
+    /// The kernel `kernel`, with what modules for it are built from. Both come in one go: the archive keeps only the
+    /// newest of each.
     pub fn kernel(&self, kernel: Kernel) -> Result<KernelFiles, Error> {
-        let dir = self.workspace.cache().join("kernels").join(kernel.name());
+        let dir = self.workspace.cache().join("linux").join(kernel.name());
         self.fetch(&dir, |archive| {
             let (metapackage, suite) = kernel.metapackage();
-            let package = archive.kernel_of(metapackage, suite)?;
-            archive.unpack(&format!("kernel {}", kernel.name()), &[&package], suite, &dir)
+            let image = archive.kernel_of(metapackage, suite)?;
+            let headers = image.replace("linux-image-", "linux-headers-");
+            let mut packages = archive.needed_by_headers(&headers, suite)?;
+            packages.extend([image, headers]);
+            let packages: Vec<_> = packages.iter().map(String::as_str).collect();
+            archive.unpack(&format!("kernel {}", kernel.name()), Selection::Alone(&packages), suite, &dir)
         })?;
         let unpacked = Unpacked::new(dir);
         let modules = unpacked.find(&["lib/modules", "usr/lib/modules"])?;
@@ -115,14 +122,25 @@ impl Provision {
             _ => return Err(Error::Missing(modules)),
         };
         let image = unpacked.path(&format!("boot/vmlinuz-{release}"));
-        Ok(KernelFiles { image, modules: modules.join(&release), release })
+        let headers = unpacked.path(&format!("usr/src/linux-headers-{release}"));
+        relocate_headers(&headers)?;
+        Ok(KernelFiles { image, modules: modules.join(&release), release, headers })
+    }
+
+    /// GNU make. It needs nothing but a C library as old as the one it was built with.
+    pub fn make(&self) -> Result<PathBuf, Error> {
+        let dir = self.workspace.cache().join("make");
+        self.fetch(&dir, |archive| archive.unpack("make", Selection::Alone(&["make"]), SUITE, &dir))?;
+        Unpacked::new(dir).find(&["usr/bin/make"])
     }
 
     /// The programs that run in hosts and guests: busybox, iperf3, sockperf, ethtool, ip.
     pub fn tools(&self) -> Result<Unpacked, Error> {
         let dir = self.workspace.cache().join("tools");
         let packages = ["busybox-static", "ethtool", "iperf3", "iproute2", "sockperf"];
-        self.fetch(&dir, |archive| archive.unpack_closed("tools", &packages, SUITE, &dir))?;
+        self.fetch(&dir, |archive| {
+            archive.unpack("tools", Selection::WithDependencies(&packages), SUITE, &dir)
+        })?;
         let tools = Unpacked::new(dir);
         for (name, places) in TOOLS {
             let launcher = self.workspace.launchers().join(name);
@@ -134,7 +152,9 @@ impl Provision {
     /// QEMU, as a launcher that any process can start by this path.
     pub fn qemu(&self) -> Result<PathBuf, Error> {
         let dir = self.workspace.cache().join("qemu");
-        self.fetch(&dir, |archive| archive.unpack_closed("QEMU", &["qemu-system-x86"], BACKPORTS, &dir))?;
+        self.fetch(&dir, |archive| {
+            archive.unpack("QEMU", Selection::WithDependencies(&["qemu-system-x86"]), BACKPORTS, &dir)
+        })?;
         let qemu = Unpacked::new(dir);
         let launcher = self.workspace.launchers().join("qemu-system-x86_64");
         let at = |path: &str| format!("'{}'", qemu.path(path).display());
@@ -148,6 +168,23 @@ impl Provision {
             &data.join(" "),
         )?;
         Ok(launcher)
+    }
+
+    /// libxml2's validator, as a launcher, and libvirt's schema of a domain: what `virt-xml-validate` puts together.
+    pub fn libvirt_schema(&self) -> Result<(PathBuf, PathBuf), Error> {
+        let (schemas, xmllint) =
+            (self.workspace.cache().join("libvirt"), self.workspace.cache().join("xmllint"));
+        self.fetch(&schemas, |archive| {
+            archive.unpack("libvirt's schemas", Selection::Alone(&["libvirt0"]), SUITE, &schemas)
+        })?;
+        self.fetch(&xmllint, |archive| {
+            let packages = Selection::WithDependencies(&["libxml2-utils"]);
+            archive.unpack("xmllint", packages, SUITE, &xmllint)
+        })?;
+        let xmllint = Unpacked::new(xmllint);
+        let launcher = self.workspace.launchers().join("xmllint");
+        xmllint.write_launcher(&launcher, &xmllint.find(&["usr/bin/xmllint"])?, "", "")?;
+        Ok((launcher, Unpacked::new(schemas).find(&["usr/share/libvirt/schemas/domain.rng"])?))
     }
 
     /// Has `unpack` make `dir` out of the archive's packages if nobody has yet. The archive is given back at once:
@@ -176,6 +213,23 @@ impl Provision {
             outcome => Ok(outcome?),
         }
     }
+}
+
+/// A headers package includes the common headers' makefile by the path they are installed at; here it is another.
+fn relocate_headers(headers: &Path) -> Result<(), Error> {
+    let makefile = headers.join("Makefile");
+    let text = fs::read_to_string(&makefile).map_err(|e| Error::Read(makefile.clone(), e))?;
+    let missing = || Error::Missing(makefile.clone());
+    let included = Path::new(text.trim().strip_prefix("include ").ok_or_else(missing)?);
+    let common = included.parent().and_then(Path::file_name).ok_or_else(missing)?;
+    let here = headers.with_file_name(common).join("Makefile");
+    if here == included {
+        return Ok(());
+    }
+    if !here.is_file() {
+        return Err(Error::Missing(here));
+    }
+    fs::write(&makefile, format!("include {}\n", here.display())).map_err(|e| Error::Write(makefile, e))
 }
 
 /// Dynamically linked programs of the tools, and the places releases keep them in.

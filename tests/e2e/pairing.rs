@@ -1,0 +1,131 @@
+//! The same backend and guest module under stock VMMs: both carriers of the FIFO region, with KVM in the emulated host
+//! and with QEMU's own emulation directly on this machine.
+
+use anyhow::{Context, Result, ensure};
+use ivcpu_lab::in_host::fifo_guest::{kernel_log, load_module, module_counters, scribble, send_to_loop};
+use ivcpu_lab::in_host::flow::{move_both_ways, survive_killed_backends};
+use ivcpu_lab::in_host::measure::queue_interrupts;
+use ivcpu_lab::in_host::{
+    Backend, BackendConfig, FifoRegion, Host, Layout, Net, Setup, Testbed, Vm, VmConfig, Vmm,
+};
+use ivcpu_lab::provision::Kernel;
+use ivcpu_lab::result::{Carrier, Mode};
+use ivcpu_lab::trial::{in_emulated_host, on_this_machine};
+
+fn qemu(carrier: Carrier) -> Setup {
+    Setup { vmm: Vmm::Qemu, mode: Mode::Fifo, carrier, ivcpu_poll_us: Some(60_000_000), ..Setup::default() }
+}
+
+/// Traffic both ways, delivered by entries; then the backend dies a few times.
+fn under_stock_qemu(host: &Host, carrier: Carrier) -> Result<()> {
+    let mut testbed = Testbed::start(host, &qemu(carrier))?;
+    let (interrupts, before) = (testbed.vm.interrupts()?, module_counters(&mut testbed.vm)?);
+    move_both_ways(&mut testbed, 1, 3)?;
+    let after = module_counters(&mut testbed.vm)?;
+    let irqs = queue_interrupts(&interrupts, &testbed.vm.interrupts()?, testbed.ivcpu())?;
+    let entries = after.entries - before.entries;
+    println!("{carrier}: {entries} entries, {irqs:?}, {}", kernel_log(&mut testbed.vm)?);
+    ensure!(entries > 1000, "{carrier}: {before:?}, then {after:?}");
+    ensure!(
+        (irqs.ivcpu.unwrap_or(0) + irqs.other) * 20 < entries,
+        "{carrier}: {entries} entries, but {irqs:?}"
+    );
+    survive_killed_backends(&mut testbed, host)?;
+    ensure!(testbed.vm.power_off()?.success());
+    Ok(())
+}
+
+#[test]
+fn stock_qemu_with_ivshmem() -> Result<()> {
+    in_emulated_host(|host| under_stock_qemu(host, Carrier::Ivshmem))
+}
+
+#[test]
+fn stock_qemu_with_virtio_pmem() -> Result<()> {
+    in_emulated_host(|host| under_stock_qemu(host, Carrier::VirtioPmem))
+}
+
+/// A guest that QEMU emulates on this machine, whose frames the backend sends back: needs neither KVM nor root.
+fn emulated_guest(host: &Host, carrier: Carrier) -> Result<(Backend, Vm, FifoRegion)> {
+    let region = FifoRegion { path: host.scratch().join("fifo"), carrier };
+    Backend::create_region(host, &region.path)?;
+    let backend = Backend::start(
+        host,
+        &BackendConfig {
+            uplink: "loop".into(),
+            queue_pairs: 1,
+            poll: "50".into(),
+            pcpus: vec![],
+            fifo: Some(format!("path={}", region.path.display())),
+        },
+    )?;
+    let (kernel, image) = host.guest_files(Kernel::V6_12)?;
+    let config = VmConfig {
+        vmm: Vmm::QemuTcg,
+        kernel,
+        image,
+        kernel_words: String::new(),
+        application_vcpus: 1,
+        layout: Layout::Pinned,
+        ivcpu: true,
+        fifo: Some(region.clone()),
+        pv_eoi: true,
+        net: Net::VhostUser(backend.socket().into()),
+        queue_pairs: 1,
+    };
+    let vm = Vm::boot(host, &config)?;
+    Ok((backend, vm, region))
+}
+
+fn under_emulation(host: &Host, carrier: Carrier) -> Result<()> {
+    let (backend, mut vm, _) = emulated_guest(host, carrier)?;
+    vm.bring_up_network(1)?;
+    load_module(&mut vm, 1, Some(60_000_000))?;
+    let (interrupts, before) = (vm.interrupts()?, module_counters(&mut vm)?);
+    send_to_loop(&mut vm, 500)?;
+    let after = module_counters(&mut vm)?;
+    let irqs = queue_interrupts(&interrupts, &vm.interrupts()?, Some(1))?;
+    let entries = after.entries - before.entries;
+    println!("{carrier}: {entries} entries, {irqs:?}, {}", kernel_log(&mut vm)?);
+    ensure!(
+        entries >= 500 && after.delivered - before.delivered >= 500,
+        "{carrier}: {before:?}, then {after:?}"
+    );
+    let irqs = irqs.ivcpu.unwrap_or(0) + irqs.other;
+    ensure!(irqs * 20 < entries, "{carrier}: {irqs} interrupts for {entries} entries");
+    ensure!(vm.power_off()?.success());
+    ensure!(backend.terminate()?.success());
+    Ok(())
+}
+
+#[test]
+fn emulated_qemu_with_ivshmem() -> Result<()> {
+    on_this_machine(|host| under_emulation(host, Carrier::Ivshmem))
+}
+
+#[test]
+fn emulated_qemu_with_virtio_pmem() -> Result<()> {
+    on_this_machine(|host| under_emulation(host, Carrier::VirtioPmem))
+}
+
+/// A region the module must not touch: one clear line says why, and the guest runs by interrupts.
+#[test]
+fn a_region_of_another_version_is_refused_in_one_line() -> Result<()> {
+    on_this_machine(|host| {
+        let (backend, mut vm, region) = emulated_guest(host, Carrier::Ivshmem)?;
+        // Its version, as docs/fifo-abi.md has it.
+        scribble(&region.path, 8, &99u32.to_le_bytes())?;
+        vm.bring_up_network(1)?;
+        ensure!(load_module(&mut vm, 1, None).is_err(), "the module took a region of version 99");
+        let log = kernel_log(&mut vm)?;
+        let complaints: Vec<_> = log.lines().filter(|line| line.contains("version")).collect();
+        ensure!(complaints.len() == 1, "not one line on the version: {log}");
+        let before = vm.interrupts()?;
+        send_to_loop(&mut vm, 50)?;
+        let irqs = queue_interrupts(&before, &vm.interrupts()?, Some(1)).context("the guest's interrupts")?;
+        ensure!(irqs.ivcpu.unwrap_or(0) + irqs.other > 10, "no interrupts either: {irqs:?}");
+        ensure!(vm.power_off()?.success());
+        ensure!(backend.terminate()?.success());
+        Ok(())
+    })
+}
