@@ -48,7 +48,7 @@ fn stock_qemu_with_virtio_pmem() -> Result<()> {
 /// A guest that QEMU emulates on this machine, whose frames the backend sends back: needs neither KVM nor root.
 fn emulated_guest(host: &Host, carrier: Carrier) -> Result<(Backend, Vm, FifoRegion)> {
     let region = FifoRegion { path: host.scratch().join("fifo"), carrier };
-    Backend::create_region(host, &region.path)?;
+    Backend::create_region(host, &region)?;
     let backend = Backend::start(
         host,
         &BackendConfig {

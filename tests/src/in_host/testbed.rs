@@ -144,7 +144,7 @@ impl Testbed {
         let fifo = setup.fifo(host);
         if let (Some(region), Vmm::Qemu) = (&fifo, setup.vmm) {
             // Our own VMM makes the region itself.
-            Backend::create_region(host, &region.path)?;
+            Backend::create_region(host, region)?;
         }
         let (kernel, image) = host.guest_files(setup.kernel)?;
         let config = VmConfig {
