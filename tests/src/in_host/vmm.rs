@@ -184,13 +184,10 @@ impl VmConfig {
             None => String::new(),
         };
         option("-append", self.command_line() + &isolation);
-        if let Some(FifoRegion { path, carrier }) = &self.fifo {
-            let path = path.display();
-            option(
-                "-object",
-                format!("memory-backend-file,id=fifo,share=on,mem-path={path},size={FIFO_SIZE}"),
-            );
-            let device = match carrier {
+        if let Some(region) = &self.fifo {
+            let (path, size) = (region.path.display(), region.qemu_size());
+            option("-object", format!("memory-backend-file,id=fifo,share=on,mem-path={path},size={size}"));
+            let device = match region.carrier {
                 Carrier::Ivshmem => "ivshmem-plain",
                 Carrier::VirtioPmem => "virtio-pmem-pci",
             };
