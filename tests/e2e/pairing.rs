@@ -56,7 +56,8 @@ fn emulated_guest(host: &Host, carrier: Carrier) -> Result<(Backend, Vm, FifoReg
             queue_pairs: 1,
             poll: "50".into(),
             pcpus: vec![],
-            fifo: Some(format!("path={}", region.path.display())),
+            // Emulated vCPUs wait for real cores, and entries wait with them.
+            fifo: Some(format!("path={},bound_us=200000", region.path.display())),
         },
     )?;
     let (kernel, image) = host.guest_files(Kernel::V6_12)?;
