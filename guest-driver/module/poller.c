@@ -3,9 +3,9 @@
  * The consumer: a thread on the IVCPU that takes completions from the region and runs the virtqueues they name, as
  * their interrupts would have: the handler with interrupts off, then the bottom halves it raised, here.
  *
- * It polls until it has found nothing for poll_us, then sleeps until called (docs/fifo-abi.md, "Sleeping"). A call is an
- * interrupt of a served device. It comes before its own handler, which delivers that queue's completion by itself; the
- * thread then finds what else there is. An interrupt whose work the thread took first finds nothing and counts
+ * It polls until it has found nothing for poll_us, then sleeps until called (docs/fifo-abi.md, "Sleeping"). A call is
+ * an interrupt of a served device, seen before its handler runs. That handler delivers its queue's completion itself;
+ * the thread then finds what else there is. An interrupt whose work the thread took first finds nothing and counts
  * as spurious; the kernel gives up a line only if 99,900 of 100,000 are, and while the thread sleeps none is.
  */
 #include "ivcpu.h"
@@ -28,15 +28,16 @@
 #include <linux/virtio.h>
 #include <linux/virtio_ring.h>
 
-/* Looks at the rings between two PAUSEs. Further apart than the 128 cycles within which a host takes them for one loop. */
+/* Looks at the rings between two PAUSEs: a host ends a loop of PAUSEs less than 128 cycles apart by an exit. */
 #define LOOKS 8
 /* Bottom halves wait for the end of a batch, so it is short. */
 #define BATCH_ENTRIES 64
 #define BATCH_NS (NSEC_PER_MSEC)
 /* A look at all pending words because of a call costs some ten microseconds, so not oftener than this. */
 #define RESCAN_NS (250 * NSEC_PER_USEC)
-/* RCU begins to complain much later. */
+/* RCU asks for more than this only after 100 ms. */
 #define QUIESCENT_NS (32 * NSEC_PER_MSEC)
+/* Looks that find a ring empty before it is not looked at any more. */
 #define EMPTY_LOOKS 64
 
 struct ivcpu_counts ivcpu_counts;
