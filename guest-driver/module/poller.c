@@ -308,15 +308,34 @@ void ivcpu_poller_stop(void)
 	kvfree(kept);
 }
 
+/*
+ * Whether an entry waits for the thread, which sleeps and so does not touch what is read here. Whoever calls it wrote
+ * one before.
+ */
+static bool is_awaited(void)
+{
+	u64 hot;
+
+	for (hot = ivcpu_hot(&consumer); hot; hot &= hot - 1) {
+		u32 ring = IVCPU_LOWEST_BIT(hot);
+
+		if (ivcpu_distance(&consumer, ring, ivcpu_slot(&consumer, ring)) >= 0)
+			return true;
+	}
+	return false;
+}
+
 /**
- * ivcpu_poller_call() - a served device's interrupt is here: wakes the thread, or tells it that somebody waits
+ * ivcpu_poller_call() - a served device's interrupt is here: wakes the thread, or tells it that it is waited for
  *
+ * Devices of other backends, which know no FIFO, interrupt too. A sleeping thread is left alone then: if their
+ * interrupts are on other CPUs (virtio-blk's may be), each would cost an interrupt between CPUs.
  * Called with interrupts off.
  */
 void ivcpu_poller_call(void)
 {
 	raw_spin_lock(&call_lock);
-	if (thread && READ_ONCE(state) != ABSENT) {
+	if (thread && (READ_ONCE(state) == AWAKE || (READ_ONCE(state) == SLEEPING && is_awaited()))) {
 		WRITE_ONCE(called, true);
 		wake_up_process(thread);
 	}
