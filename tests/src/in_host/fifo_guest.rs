@@ -86,7 +86,7 @@ pub fn send_to_loop(vm: &mut Vm, frames: u32) -> anyhow::Result<()> {
 
 /// What the module has said, if the kernel complained of nothing.
 pub fn kernel_log(vm: &mut Vm) -> anyhow::Result<String> {
-    let complaints = "BUG:|WARNING:|Oops|Call Trace|nobody cared|rcu: INFO";
+    let complaints = "BUG:|WARNING: CPU|Oops|Call Trace|nobody cared|rcu: INFO";
     let complaint = run(vm, &format!("dmesg | grep -E -A 25 '{complaints}' || true"))?;
     ensure!(complaint.is_empty(), "the guest's kernel complains:\n{complaint}");
     run(vm, "dmesg | grep ivcpu: || true")
