@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use ivcpu_vmm::exits::{Row, Rows};
 use serde::{Deserialize, Serialize};
 
-use crate::result::{self, Bystander, Figures, GuestIrqs, Pcpu, Role};
+use crate::result::{self, Bystander, Figures, GuestIrqs, Pcpu, Role, TimerInterrupts};
 use crate::traffic::Latency;
 
 /// What one window saw: differences between two samples.
@@ -38,6 +38,8 @@ pub struct Window {
     pub fifo: Option<FifoCounts>,
     /// CPU seconds by pCPU.
     pub cpu_seconds: Vec<f64>,
+    /// Interrupts of the host's own timer by pCPU: its ticks, and the timers of the guest's CPUs.
+    pub timer_interrupts: Vec<u64>,
     /// Something outside the guest took what it left of the application's pCPUs: their CPU time says nothing.
     pub application_is_filled: bool,
     /// Bystander iterations per CPU second of the application's pCPUs.
@@ -98,6 +100,10 @@ impl Load {
         sum
     }
 
+    fn timer_interrupts(&self, pcpu: u32) -> u64 {
+        self.total(|w| w.timer_interrupts.get(pcpu as usize).copied().unwrap_or(0))
+    }
+
     /// Largest less smallest window, a row, times the number of windows: the spread of the summed figure if all
     /// windows erred the same way. One window has none.
     fn spread(&self, pcpu: u32) -> Option<Rows> {
@@ -144,6 +150,10 @@ pub fn of_load(traffic: &Load, control: &Load, roles: &[Role]) -> Figures {
             exits: traffic.rows(pcpu),
             control: scaled(&control.rows(pcpu), times),
             control_spread: control.spread(pcpu).map(|rows| scaled(&rows, times)),
+            timer_interrupts: TimerInterrupts {
+                traffic: traffic.timer_interrupts(pcpu),
+                control: (control.timer_interrupts(pcpu) as f64 * times).round() as u64,
+            },
             control_sigma: control.device_exits_sigma(pcpu).map(|sigma| sigma * times.sqrt()),
             cpu_seconds: traffic.windows.iter().map(|w| w.cpu_seconds.get(pcpu as usize).copied()).sum(),
         })

@@ -15,7 +15,7 @@ use super::{Backend, BackendStats, Host, QueueStats, Setup, TAP, Testbed};
 use crate::bystander::Bystander;
 use crate::figures::{FifoCounts, Load, Window};
 use crate::pcpu;
-use crate::procfs::Interrupt;
+use crate::procfs::{self, Interrupt};
 use crate::result::{GuestIrqs, Mode, Role, word};
 use crate::traffic::{Counts, End, Traffic, Workload};
 
@@ -165,6 +165,7 @@ struct GuestSample {
 struct HostSample {
     cpu_times: Vec<u64>,
     backend: Option<Notifications>,
+    timer_interrupts: Vec<u64>,
     packets: u64,
     wire: Counts,
     exits: Snapshot,
@@ -278,6 +279,7 @@ impl Meter<'_> {
         Ok(HostSample {
             cpu_times: self.host.outside.cpu_times()?,
             backend,
+            timer_interrupts: procfs::timer_interrupts()?,
             packets: frames(&format!("/proc/{feeder}/net/dev"))?,
             wire: load.map(|(_, end)| end.counts()).unwrap_or_default(),
             exits: self.counter.snapshot()?,
@@ -343,6 +345,12 @@ impl Meter<'_> {
             application_is_filled: workload.is_some() && plan.fills_idle_pcpus(self.host),
             guest_irqs: Some(queue_interrupts(&guest_before.interrupts, &guest_after.interrupts, ivcpu)?),
             cpu_seconds,
+            timer_interrupts: after
+                .timer_interrupts
+                .iter()
+                .zip(&before.timer_interrupts)
+                .map(|(after, before)| after.saturating_sub(*before))
+                .collect(),
         })
     }
 }
