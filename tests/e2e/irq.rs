@@ -30,16 +30,6 @@ fn all_interrupts_on_the_ivcpu(testbed: &mut Testbed, connections: u16) -> Resul
 }
 
 #[test]
-fn one_queue_pair() -> Result<()> {
-    in_emulated_host(|host| {
-        let mut testbed = Testbed::start(host, &Setup::default())?;
-        all_interrupts_on_the_ivcpu(&mut testbed, 1)?;
-        ensure!(testbed.vm.power_off()?.success());
-        Ok(())
-    })
-}
-
-#[test]
 fn two_queue_pairs_and_again_after_the_driver_spread_them() -> Result<()> {
     in_emulated_host(|host| {
         let mut testbed = Testbed::start(host, &Setup { queue_pairs: 2, ..Setup::default() })?;
