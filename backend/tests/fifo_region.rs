@@ -207,16 +207,31 @@ fn what_is_there_is_laid_out_anew_only_when_nothing_is_lost() {
     let path = dir.path().join("fifo");
     let blank = dir.path().join("blank");
     std::fs::write(&blank, vec![0; 2 << 20]).unwrap();
-    for path in [&path, &path, &blank] {
-        let output = create(path, &["--size", "2M", "--rings", "5"]);
-        assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    let state = |path: &Path| std::fs::read(path).unwrap()[layout::STATE_AT];
+    let write = |path: &Path, offset: usize, byte: u8| {
+        let file = std::fs::File::options().write(true).open(path).unwrap();
+        file.write_all_at(&[byte], offset as u64).unwrap();
+    };
+    for path in [&path, &blank] {
+        let make = |more: &[&str]| {
+            let output = create(path, &[&["--size", "2M", "--rings", "5"], more].concat());
+            assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+        };
+        make(&[]);
         let bytes = std::fs::read(path).unwrap();
         assert_eq!((bytes.len(), bytes[layout::RINGS_AT]), (2 << 20, 5));
         assert!(bytes.starts_with(b"IVCPUFIF"));
-        // Something to be cleared the next time.
-        let file = std::fs::File::options().write(true).open(path).unwrap();
-        file.write_all_at(&[1], layout::STATE_AT as u64).unwrap();
-        assert_eq!(bytes[layout::STATE_AT], 0);
+        // A consumer said "awake": its VM may be running, so nothing is touched unless that is asked for.
+        write(path, layout::STATE_AT, 1);
+        make(&[]);
+        assert_eq!(state(path), 1);
+        make(&["--anew"]);
+        assert_eq!(state(path), 0);
+        // Damaged beyond use.
+        write(path, layout::STATE_AT, 1);
+        write(path, layout::RINGS_AT, 0);
+        make(&[]);
+        assert_eq!(state(path), 0);
     }
     let precious = dir.path().join("precious");
     std::fs::write(&precious, "precious").unwrap();

@@ -1,9 +1,9 @@
 //! Completions through the FIFO: no device exit is left on any pCPU, and nobody's death or lie costs a connection.
 
-use std::thread::sleep;
+use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use ivcpu_lab::figures;
 use ivcpu_lab::in_host::fifo_guest::{
     kernel_log, load_module, module_counters, module_state, remove_module, run, scribble,
@@ -11,6 +11,7 @@ use ivcpu_lab::in_host::fifo_guest::{
 use ivcpu_lab::in_host::flow::{move_both_ways, survive_killed_backends, wait_for_more};
 use ivcpu_lab::in_host::measure::{Plan, measure, queue_interrupts};
 use ivcpu_lab::in_host::{Host, Setup, Testbed};
+use ivcpu_lab::pcpu;
 use ivcpu_lab::report::ALLOWED_PER_PACKET;
 use ivcpu_lab::result::{Mode, Role};
 use ivcpu_lab::traffic::{Traffic, Workload};
@@ -105,6 +106,11 @@ fn without_entries_only_late_signals_deliver() -> Result<()> {
         let irqs = queue_interrupts(&interrupts, &testbed.vm.interrupts()?, testbed.ivcpu())?;
         println!("{stats:?}\n{before:?}\n{after:?}\n{irqs:?}");
         ensure!(late > 100 && irqs.ivcpu.unwrap_or(0) > 100, "{late} late signals, {irqs:?}");
+        let written: u64 = stats.queues.iter().map(|queue| queue.fifo_entries).sum();
+        ensure!(
+            written == 0 && after.entries == before.entries,
+            "entries all the same: {written}, {after:?}"
+        );
         ensure!(after.fallbacks > before.fallbacks, "the module counted no interrupt while awake: {after:?}");
         ensure!(testbed.vm.power_off()?.success());
         Ok(())
@@ -170,6 +176,94 @@ fn the_module_reloaded_and_the_driver_rebound_in_mid_stream() -> Result<()> {
     })
 }
 
+/// Whatever takes away queues, region, CPU or all devices for a while, in mid-stream: the module lets go and comes back,
+/// and the kernel has nothing to complain of.
+#[test]
+fn devices_and_the_cpu_come_and_go_under_traffic() -> Result<()> {
+    in_emulated_host(|host| {
+        let mut testbed = Testbed::start(host, &fifo())?;
+        let ivcpu = testbed.ivcpu().context("an IVCPU")?;
+        let traffic = Traffic::new(Workload::TcpIn);
+        let wire_end = testbed.wire.listen(traffic)?;
+        testbed.vm.start_traffic(traffic)?;
+        let function = "f=$(grep -l 0x1110 /sys/bus/pci/devices/*/device); f=$(basename $(dirname $f))";
+        for what in [
+            format!("{function}; cd /sys/bus/pci/drivers/ivcpu && echo $f > unbind && echo $f > bind"),
+            format!("{function}; echo 1 > /sys/bus/pci/devices/$f/remove; echo 1 > /sys/bus/pci/rescan"),
+            "cd /sys/power && echo devices > pm_test && echo freeze > state; echo none > pm_test".to_owned(),
+            format!(
+                "cd /sys/devices/system/cpu/cpu{ivcpu} && {{ echo 0 > online && echo 1 > online; true; }}"
+            ),
+        ] {
+            let before = module_counters(&mut testbed.vm)?;
+            run(&mut testbed.vm, &what)?;
+            wait_for_more(&mut testbed, &wire_end).with_context(|| format!("after {what}"))?;
+            let after = module_counters(&mut testbed.vm)?;
+            ensure!(after.entries > before.entries, "not polled after {what}: {before:?}, then {after:?}");
+            kernel_log(&mut testbed.vm)?;
+        }
+        let guest_end = testbed.vm.stop_traffic()?;
+        ensure!(guest_end.connections == 1 && guest_end.failure.is_none(), "{guest_end:?}");
+
+        // The NIC itself: its connections are gone, the next ones go through the FIFO again.
+        run(
+            &mut testbed.vm,
+            "d=$(readlink -f /sys/class/net/eth0/device); echo 1 > $(dirname $d)/remove; echo 1 > /sys/bus/pci/rescan",
+        )?;
+        testbed.vm.bring_up_network(1)?;
+        let before = module_counters(&mut testbed.vm)?;
+        move_both_ways(&mut testbed, 1, 1)?;
+        let after = module_counters(&mut testbed.vm)?;
+        ensure!(after.entries > before.entries, "the new NIC is not polled: {before:?}, then {after:?}");
+        kernel_log(&mut testbed.vm)?;
+        ensure!(testbed.vm.power_off()?.success());
+        Ok(())
+    })
+}
+
+/// The host takes the IVCPU's pCPU away for a second, while the IVCPU says that it is awake.
+#[test]
+fn an_ivcpu_that_does_not_run_costs_a_pause_but_no_connection() -> Result<()> {
+    in_emulated_host(|host| {
+        let fifo_option = Some("bound_us=10000".into());
+        let mut testbed = Testbed::start(host, &Setup { fifo_option, ..spinning() })?;
+        let traffic = Traffic::new(Workload::TcpIn);
+        let wire_end = testbed.wire.listen(traffic)?;
+        testbed.vm.start_traffic(traffic)?;
+        wait_for_more(&mut testbed, &wire_end)?;
+        let late = |testbed: &Testbed| -> Result<u64> {
+            let stats = testbed.backend.as_ref().context("the backend")?.stats()?;
+            Ok(stats.queues.iter().map(|queue| queue.fallbacks).sum())
+        };
+        let before = late(&testbed)?;
+        let hog = thread::spawn(|| -> Result<()> {
+            pcpu::pin(0, &[pcpu::IVCPU])?;
+            realtime()?;
+            let start = Instant::now();
+            while start.elapsed() < Duration::from_secs(1) {
+                std::hint::spin_loop();
+            }
+            Ok(())
+        });
+        hog.join().map_err(|_| anyhow!("the hog panicked"))??;
+        ensure!(late(&testbed)? > before, "nothing was late although the IVCPU did not run");
+        wait_for_more(&mut testbed, &wire_end)?;
+        let guest_end = testbed.vm.stop_traffic()?;
+        ensure!(guest_end.connections == 1 && guest_end.failure.is_none(), "{guest_end:?}");
+        ensure!(testbed.vm.power_off()?.success());
+        Ok(())
+    })
+}
+
+/// Makes the calling thread one that no ordinary thread, a vCPU's for one, gets past.
+fn realtime() -> Result<()> {
+    let parameters = libc::sched_param { sched_priority: 50 };
+    // SAFETY: the call reads one structure, which outlives it.
+    let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &parameters) };
+    ensure!(result == 0, "SCHED_FIFO: {}", std::io::Error::last_os_error());
+    Ok(())
+}
+
 /// CPU seconds the IVCPU's thread has used on the host.
 fn ivcpu_seconds(testbed: &Testbed) -> Result<f64> {
     let thread = *testbed.vm.vcpu_threads().last().context("the IVCPU's thread")?;
@@ -202,12 +296,16 @@ fn an_idle_ivcpu_sleeps_and_wakes_for_the_first_packet() -> Result<()> {
     })
 }
 
-/// With no time to poll every completion finds the IVCPU asleep, or going to sleep. A lost wake-up would end the
-/// ping-pong for good.
+/// With no time to poll every completion finds the IVCPU asleep, or going to sleep. A lost wake-up would be delivered by
+/// the late signal, a second later: none may be needed. And every interrupt that wakes comes to the IVCPU.
 #[test]
 fn falling_asleep_after_every_completion_loses_none() -> Result<()> {
     in_emulated_host(|host| {
-        let mut testbed = Testbed::start(host, &Setup { ivcpu_poll_us: Some(0), ..fifo() })?;
+        let fifo_option = Some("bound_us=1000000".into());
+        let mut testbed = Testbed::start(host, &Setup { ivcpu_poll_us: Some(0), fifo_option, ..fifo() })?;
+        run(&mut testbed.vm, "ethtool -L eth0 combined 1 || true")?;
+        move_both_ways(&mut testbed, 1, 1)?;
+        let before = testbed.vm.interrupts()?;
         let traffic = Traffic::new(Workload::TcpRr);
         let wire_end = testbed.wire.listen(traffic)?;
         testbed.vm.start_traffic(traffic)?;
@@ -223,6 +321,11 @@ fn falling_asleep_after_every_completion_loses_none() -> Result<()> {
         println!("{last} round trips, {counters:?}");
         ensure!(guest_end.failure.is_none(), "{guest_end:?}");
         ensure!(counters.sleeps > last / 2, "{last} round trips, but {counters:?}");
+        let stats = testbed.backend.as_ref().context("the backend")?.stats()?;
+        let late: u64 = stats.queues.iter().map(|queue| queue.fallbacks).sum();
+        ensure!(late == 0, "{late} completions had to be signalled late: {stats:?}");
+        let irqs = queue_interrupts(&before, &testbed.vm.interrupts()?, testbed.ivcpu())?;
+        ensure!(irqs.other * 99 <= irqs.ivcpu.unwrap_or(0), "the module does not keep interrupts: {irqs:?}");
         ensure!(testbed.vm.power_off()?.success());
         Ok(())
     })

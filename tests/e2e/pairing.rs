@@ -2,7 +2,9 @@
 //! under QEMU's own emulation.)
 
 use anyhow::{Context, Result, ensure};
-use ivcpu_lab::in_host::fifo_guest::{kernel_log, load_module, module_counters, scribble, send_to_loop};
+use ivcpu_lab::in_host::fifo_guest::{
+    insert_module, kernel_log, load_module, module_counters, remove_module, scribble, send_to_loop,
+};
 use ivcpu_lab::in_host::flow::move_both_ways;
 use ivcpu_lab::in_host::measure::queue_interrupts;
 use ivcpu_lab::in_host::{
@@ -78,16 +80,26 @@ fn emulated_guest(host: &Host) -> Result<(Backend, Vm, FifoRegion)> {
 
 /// A region the module must not touch: one clear line says why, and the guest runs by interrupts.
 #[test]
-fn a_region_of_another_version_is_refused_in_one_line() -> Result<()> {
+fn a_region_that_is_none_of_ours_is_refused_in_one_line() -> Result<()> {
     on_this_machine(|host| {
         let (backend, mut vm, region) = emulated_guest(host)?;
-        // Its version, as docs/fifo-abi.md has it.
-        scribble(&region.path, 8, &99u32.to_le_bytes())?;
         vm.bring_up_network(1)?;
-        ensure!(load_module(&mut vm, 1, None).is_err(), "the module took a region of version 99");
-        let log = kernel_log(&mut vm)?;
-        let complaints: Vec<_> = log.lines().filter(|line| line.contains("version")).collect();
-        ensure!(complaints.len() == 1, "not one line on the version: {log}");
+        // Its magic and its version, where docs/fifo-abi.md has them.
+        let magic: [u8; 8] = *b"IVCPUFIF";
+        for (word, offset, wrong, right) in [
+            ("magic", 0, *b"SOMEELSE", magic),
+            ("version", 8, [99, 0, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]),
+        ] {
+            scribble(&region.path, offset, &wrong)?;
+            ensure!(load_module(&mut vm, 1, None).is_err(), "the module took a region with a wrong {word}");
+            let log = kernel_log(&mut vm)?;
+            let complaints = log.lines().filter(|line| line.contains(word)).count();
+            ensure!(complaints == 1, "not one line on the {word}: {log}");
+            remove_module(&mut vm)?;
+            scribble(&region.path, offset, &right)?;
+        }
+        scribble(&region.path, 8, &[99])?;
+        insert_module(&mut vm, 1, None)?;
         let before = vm.interrupts()?;
         send_to_loop(&mut vm, 50)?;
         let irqs = queue_interrupts(&before, &vm.interrupts()?, Some(1)).context("the guest's interrupts")?;

@@ -28,8 +28,6 @@ const ALL: [Workload; 3] = [Workload::TcpOut, Workload::TcpIn, Workload::TcpRr];
 const NO_SLEEP_US: u64 = 60_000_000;
 /// Longer than any gap in the emulated host, also of a vCPU that has next to nothing to do.
 const HALT_POLL_US: u64 = 1_000_000;
-/// FIFO entries that say how few exits are left.
-const ENTRIES: u64 = 10_000;
 const STREAMS: [Workload; 2] = [Workload::TcpOut, Workload::TcpIn];
 
 /// What to compare, and how long.
@@ -126,13 +124,15 @@ fn plans(options: &CompareOptions) -> Vec<Plan> {
     // Spinning without end, so that the control spins too.
     let fifo = Setup { mode: Mode::Fifo, ivcpu_poll_us: Some(NO_SLEEP_US), ..irq.clone() };
     plans.push(plan(&fifo, &ALL, options.windows));
+    // As users run it: asleep when there is nothing to do.
+    plans.push(plan(&Setup { ivcpu_poll_us: None, ..fifo.clone() }, &ALL, options.windows));
     // Exits alone: no bystander that an IPI could interrupt, so each IPI that is left wakes a halted vCPU.
     let alone = |setup: &Setup| Plan { with_bystander: false, ..plan(setup, &ALL, options.windows) };
     plans.push(alone(&irq));
-    let enough = |setup: &Setup| Plan { entries: Some(ENTRIES), ..alone(setup) };
+    let enough = |setup: &Setup| Plan { entries: Some(report::ENOUGH_ENTRIES), ..alone(setup) };
     plans.push(enough(&fifo));
     plans.push(enough(&Setup { halt_poll_us: Some(HALT_POLL_US), ..fifo.clone() }));
-    plans.push(alone(&Setup { vmm: Vmm::Qemu, ..fifo }));
+    plans.push(enough(&Setup { vmm: Vmm::Qemu, ..fifo }));
     // Two poll threads share the backend's one pCPU: if neither ever slept, each would spin away the other's time.
     let two_pairs = Setup { queue_pairs: 2, poll_us: Some("50".into()), ..irq.clone() };
     plans.push(plan(&two_pairs, &STREAMS, options.windows));
@@ -157,6 +157,7 @@ fn key(plan: &Plan, workload: Workload) -> CaseKey {
         pv_eoi: setup.pv_eoi,
         queue_pairs: setup.queue_pairs,
         poll_us: setup.poll_us.clone(),
+        ivcpu_poll_us: setup.ivcpu_poll_us,
         halt_poll_us: setup.halt_poll_us,
         with_bystander: plan.with_bystander,
     }
@@ -343,14 +344,17 @@ impl Outcomes {
                 Workload::TcpRr => "median round trip",
                 Workload::TcpOut | Workload::TcpIn => "throughput",
             };
-            let mut pair = |of: Option<(CaseKey, &Load)>, to: Option<(CaseKey, &Load)>| {
+            let in_turn = format!("{what}, measured one after the other");
+            let mut pair = |what: &str, of: Option<(CaseKey, &Load)>, to: Option<(CaseKey, &Load)>| {
                 if let (Some(of), Some(to)) = (of, to) {
                     ratios.extend(Ratio::of_pairs(what, (&of.0, &of.1.rates()), (&to.0, &to.1.rates())));
                 }
             };
-            pair(self.load(ours(Mode::Stock, "0"), workload), self.load(outside, workload));
+            let alternating = format!("{what}, in alternation");
+            pair(&alternating, self.load(ours(Mode::Stock, "0"), workload), self.load(outside, workload));
             for mode in [Mode::Irq, Mode::ThreadedNapi, Mode::Fifo] {
                 pair(
+                    &in_turn,
                     self.load(ours(mode, "always"), workload),
                     self.load(ours(Mode::Stock, "always"), workload),
                 );

@@ -165,7 +165,18 @@ fn fifo(f: &Figures) -> Option<String> {
 /// Exits a packet that an exitless mode may leave on a pCPU, beyond the noise: the application's, and any other.
 pub const ALLOWED_PER_PACKET: [f64; 2] = [0.001, 0.01];
 
+/// Entries from which exits a packet say something.
+pub const ENOUGH_ENTRIES: u64 = 10_000;
+
 fn exitless_lines(out: &mut String, f: &Figures) {
+    let entries = f.fifo.entries.unwrap_or(0);
+    if entries < ENOUGH_ENTRIES {
+        let _ = writeln!(
+            out,
+            "  {entries} entries are too few to call a pCPU exitless ({ENOUGH_ENTRIES} are not)"
+        );
+        return;
+    }
     let [application, any] = ALLOWED_PER_PACKET;
     for p in f.pcpus.iter().filter(|p| p.role != Role::Other && p.role != Role::Wire) {
         let per_packet = if p.role == Role::App { application } else { any };
@@ -197,9 +208,11 @@ fn exitless_lines(out: &mut String, f: &Figures) {
 /// From which load a spinning IVCPU pays: the application's pCPUs must save the one pCPU it takes.
 fn pays_from(file: &ResultFile) -> String {
     let mut out = String::new();
-    for fifo in file.cases.iter().filter(|case| case.key.mode == Mode::Fifo && case.key.with_bystander) {
+    for fifo in file.cases.iter().filter(|case| {
+        case.key.mode == Mode::Fifo && case.key.with_bystander && case.key.ivcpu_poll_us.is_some()
+    }) {
         let stock = file.cases.iter().find(|case| {
-            let as_stock = CaseKey { mode: Mode::Stock, ..fifo.key.clone() };
+            let as_stock = CaseKey { mode: Mode::Stock, ivcpu_poll_us: None, ..fifo.key.clone() };
             case.key == as_stock
         });
         let cost = |case: &CaseResult| {

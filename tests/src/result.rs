@@ -140,6 +140,8 @@ pub struct CaseKey {
     pub queue_pairs: u16,
     /// The backend's `--poll-us`: microseconds or `always`; null where the backend has no such choice.
     pub poll_us: Option<String>,
+    /// The guest module's `poll_us`; null for its default, and in modes without it.
+    pub ivcpu_poll_us: Option<u64>,
     /// Microseconds an idle application vCPU polls before it halts; null for the guest's own choice.
     pub halt_poll_us: Option<u64>,
     /// Whether the bystander runs beside the traffic (it always does in the control).
@@ -148,12 +150,16 @@ pub struct CaseKey {
 
 impl fmt::Display for CaseKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { path, backend, mode, pv_eoi, queue_pairs, poll_us, halt_poll_us, .. } = self;
+        let Self { path, backend, mode, pv_eoi, queue_pairs, poll_us, ivcpu_poll_us, halt_poll_us, .. } =
+            self;
         let (vmm, workload, layout) = (word(self.vmm), word(self.workload), word(self.layout));
         write!(f, "{vmm}/{path}/{backend}/{mode}/{workload}/{layout}")?;
         write!(f, "/pv_eoi={}/queue_pairs={queue_pairs}", if *pv_eoi { "on" } else { "off" })?;
         if let Some(us) = poll_us {
             write!(f, "/poll_us={us}")?;
+        }
+        if let Some(us) = ivcpu_poll_us {
+            write!(f, "/ivcpu_poll_us={us}")?;
         }
         if let Some(us) = halt_poll_us {
             write!(f, "/halt_poll_us={us}")?;
@@ -292,7 +298,7 @@ pub struct Figures {
     pub spread: Option<f64>,
 }
 
-/// One figure of one case over the same figure of another, measured in alternation in one run.
+/// One figure of one case over the same figure of another, measured in one run; `what` says whether in alternation.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Ratio {
     /// The figure, in words.
@@ -476,6 +482,7 @@ mod tests {
             pv_eoi: false,
             queue_pairs: 1,
             poll_us: Some("always".into()),
+            ivcpu_poll_us: None,
             halt_poll_us: None,
             with_bystander: true,
         }

@@ -187,7 +187,7 @@ mod tests {
     fn awake(bound: Duration) -> (Fifo, Consumer) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("fifo");
-        let create = CreateOptions { path: path.clone(), size: FileSize(2 << 20), rings: 1 };
+        let create = CreateOptions { path: path.clone(), size: FileSize(2 << 20), rings: 1, anew: false };
         drop(RegionFile::create(&create).unwrap());
         let options = FifoOptions { place: Place::Path(path), bound, lose_entries: false };
         let fifo = claim(&options, 2).unwrap().pop().unwrap();

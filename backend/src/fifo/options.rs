@@ -53,7 +53,11 @@ impl FromStr for FifoOptions {
                 }
                 Some(("lose_entries", "on")) => lose_entries = true,
                 Some(("lose_entries", "off")) => lose_entries = false,
-                _ => return Err(format!("'{word}' is none of path=, fd=, bound_us=, lose_entries=on|off")),
+                _ => {
+                    return Err(format!(
+                        "'{word}' is none of path=, fd=, bound_us= and, for tests, lose_entries=on|off"
+                    ));
+                }
             }
         }
         let place = place.ok_or("the region's file is missing: path=PATH or fd=N")?;
@@ -64,8 +68,8 @@ impl FromStr for FifoOptions {
 /// What to do with FIFO regions.
 #[derive(Debug, Subcommand)]
 pub enum FifoCommand {
-    /// Make the file of a FIFO region, for a VMM that shows it to the guest (ivshmem-plain or virtio-pmem). A region
-    /// that is there already is laid out anew, unless it is in use or has another size.
+    /// Make the file of a FIFO region, for a VMM that shows it to the guest (ivshmem-plain or virtio-pmem). A whole
+    /// region of this size that is there already is left as it is; a damaged one is laid out anew, unless it is in use.
     Create(CreateOptions),
 }
 
@@ -83,6 +87,11 @@ pub struct CreateOptions {
     #[arg(long, value_name = "N", default_value_t = 16)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=MAX_RINGS as i64), allow_negative_numbers = true)]
     pub rings: u32,
+
+    /// Lay a region that is there already out anew, whatever is in it. Not while its VM runs: the guest's module would
+    /// stop polling.
+    #[arg(long)]
+    pub anew: bool,
 }
 
 /// Bytes of a region's file.

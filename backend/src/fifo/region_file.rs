@@ -121,8 +121,9 @@ impl RegionFile {
         Self::over(path, file, length, |base| unsafe { Region::open(base, length) })
     }
 
-    /// Makes the region that `options` ask for. What is there already is only touched when it is a region (or
-    /// zeros) of the same size and nobody holds a part of it.
+    /// Makes the region that `options` ask for. A whole one of the same size and rings is left as it is, unless a new
+    /// one is asked for: its VM may be running, and not every VMM holds a lock. What is there already is only touched
+    /// when it is a region (or zeros) of the same size and nobody holds a part of it.
     pub fn create(options: &CreateOptions) -> Result<Self, Error> {
         let (path, size) = (options.path.clone(), options.size.0);
         let mut how = OpenOptions::new();
@@ -149,6 +150,13 @@ impl RegionFile {
             return Err(Error::Size { path, found, wanted: size });
         }
         let geometry = Geometry::new(options.rings, MAX_SOURCES as u32).unwrap_or(Geometry::DEFAULT);
+        if found != 0
+            && !options.anew
+            && let Ok(there) = Self::open(&Place::Path(path.clone()))
+            && there.region.geometry() == geometry
+        {
+            return Ok(there);
+        }
         // Memory that cannot be had is an error here, and not a signal in the middle of a session.
         posix_fallocate(&file, 0, geometry.used_size() as libc::off_t)
             .map_err(system("allocate memory for"))?;

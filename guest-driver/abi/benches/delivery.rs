@@ -219,9 +219,9 @@ fn main() {
     let [alone, full, spread] = idle_polls([(1, 1), (1, 256), (16, 16)]);
     println!("a poll without work: {:.2} ns with 1 source", tick * alone);
     println!(
-        "delivery: FIFO awake = {:.2} x the cache line; eventfd = {:.1} x (epoll), {:.1} x (read) FIFO awake; \
-         FIFO asleep = {:.2} x eventfd read; idle poll with 256 sources = {:.2} x (1 ring), {:.2} x (16 rings) \
-         that with 1",
+        "delivery: FIFO awake = {:.2} x the cache line (target: at most 2); eventfd = {:.1} x (epoll), {:.1} x (read) \
+         FIFO awake (target: at least 20); FIFO asleep = {:.2} x eventfd read; idle poll with 256 sources = {:.2} x \
+         (1 ring), {:.2} x (16 rings) that with 1 (target: at most 1.10)",
         table.ratio(1, 0),
         table.ratio(3, 1),
         table.ratio(4, 1),
