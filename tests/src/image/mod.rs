@@ -2,7 +2,7 @@
 
 mod guest;
 mod host;
-mod ivcpu_module;
+pub mod ivcpu_module;
 mod modules;
 
 use std::collections::BTreeSet;

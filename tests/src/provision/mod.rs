@@ -170,6 +170,13 @@ impl Provision {
         Ok(launcher)
     }
 
+    /// sparse, the kernel's own checker of C sources: the program alone, which needs nothing but a C library.
+    pub fn sparse(&self) -> Result<PathBuf, Error> {
+        let dir = self.workspace.cache().join("sparse");
+        self.fetch(&dir, |archive| archive.unpack("sparse", Selection::Alone(&["sparse"]), SUITE, &dir))?;
+        Unpacked::new(dir).find(&["usr/bin/sparse"])
+    }
+
     /// libxml2's validator, as a launcher, and libvirt's schema of a domain: what `virt-xml-validate` puts together.
     pub fn libvirt_schema(&self) -> Result<(PathBuf, PathBuf), Error> {
         let (schemas, xmllint) =
