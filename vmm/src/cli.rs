@@ -11,6 +11,7 @@ use crate::machine::MachineOptions;
 use crate::memory::MemoryOptions;
 use crate::serial::SerialMode;
 use crate::vcpu::CpusOptions;
+use crate::vfio::options::DeviceOptions;
 use crate::virtio::net_options::NetOptions;
 
 /// A KVM virtual machine monitor whose guests take every device interrupt on one vCPU of their own, the IVCPU
@@ -60,6 +61,11 @@ pub struct RunOptions {
     #[arg(long, value_name = "OPTIONS")]
     pub net: Vec<NetOptions>,
 
+    /// PCI function of the host to pass through, once for each: `path=/sys/bus/pci/devices/0000:01:10.0` or just its address.
+    /// It must be bound to vfio-pci; `ivcpu-vmm vfio bind` does that. With --ivcpu its host interrupts go to the IVCPU's pCPU
+    #[arg(long, value_name = "OPTIONS")]
+    pub device: Vec<DeviceOptions>,
+
     /// Serial console: tty, null, off or file=PATH
     #[arg(long, value_name = "MODE", default_value = "tty")]
     pub serial: SerialMode,
@@ -88,6 +94,7 @@ impl From<RunOptions> for MachineOptions {
             cpus: options.cpus,
             ivcpu: options.ivcpu,
             net: options.net,
+            devices: options.device,
             serial: options.serial,
             exits: options.exits,
         }

@@ -2,7 +2,7 @@
 //!
 //! A path says the concept: [`machine`] wires the parts together, [`boot`] plays the firmware, [`vcpu`] is KVM's run loop,
 //! [`pci`] and [`virtio`] are what a guest sees of its devices, [`ivcpu`] and [`pin`] say who runs where, [`fifo`]
-//! and [`ivshmem`] bring the region for exitless completions to the guest.
+//! and [`ivshmem`] bring the region for exitless completions to the guest, [`vfio`] brings the host's own functions.
 
 pub mod affinity;
 pub mod boot;
@@ -27,4 +27,5 @@ pub mod slot;
 pub mod suboption;
 pub mod terminal;
 pub mod vcpu;
+pub mod vfio;
 pub mod virtio;

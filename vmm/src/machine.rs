@@ -9,9 +9,10 @@ use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Kvm, VmFd};
 use nix::sys::signalfd::SignalFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::affinity::refresh::Refresh;
-use crate::affinity::{self, HostIrqs};
+use crate::affinity::{self, HostIrqs, IrqSource};
 use crate::boot::{acpi, cpuid, kernel, mtrr, registers, reset_vector};
 use crate::chain::Chain;
 use crate::devices::Devices;
@@ -20,7 +21,7 @@ use crate::fifo::{self, Fifo};
 use crate::gsi::{self, KvmRouter, MessageRouter};
 use crate::ivcpu::{self, IvcpuOptions};
 use crate::ivshmem::{self, Ivshmem};
-use crate::memory::{self, GuestMemory, MemoryOptions};
+use crate::memory::{self, FreeSlots, GuestMemory, MemoryOptions};
 use crate::pci::bus::{self, Bus};
 use crate::pci::window::{self, Window};
 use crate::pin;
@@ -31,6 +32,10 @@ use crate::signals::{self, EndWatch};
 use crate::slot::KvmSlot;
 use crate::terminal::RawMode;
 use crate::vcpu::{self, CpusOptions, Running, Vcpu};
+use crate::vfio::attach::{self, attach};
+use crate::vfio::function::Windows;
+use crate::vfio::options::DeviceOptions;
+use crate::vfio::sysfs::Sysfs;
 use crate::virtio::net_options::NetOptions;
 use crate::virtio::session;
 use crate::virtio::transport::{self, KickRouter, Transport, Wiring};
@@ -53,6 +58,8 @@ pub struct MachineOptions {
     pub ivcpu: Option<IvcpuOptions>,
     /// Network devices.
     pub net: Vec<NetOptions>,
+    /// The host's PCI functions that are passed through.
+    pub devices: Vec<DeviceOptions>,
     /// The serial port.
     pub serial: SerialMode,
     /// Whether and how the VM's exits are counted and printed when it ends.
@@ -117,6 +124,9 @@ pub enum Error {
     /// No place for a BAR.
     #[error(transparent)]
     Window(#[from] window::Full),
+    /// A passed-through function.
+    #[error(transparent)]
+    Attach(#[from] attach::Error),
     /// The FIFO region.
     #[error(transparent)]
     Fifo(#[from] fifo::Error),
@@ -157,6 +167,8 @@ pub struct Machine {
     exits: Option<exits::lifetime::Format>,
     /// The host's interrupts that were moved; restored when this is dropped.
     host_irqs: Option<HostIrqs>,
+    /// Written when passed-through functions get other interrupts of the host.
+    interrupts_changed: EventFd,
     _vm: Arc<VmFd>,
     _memory: GuestMemory,
     _fifo: Option<Fifo>,
@@ -172,6 +184,7 @@ impl Machine {
         if let Err(error) = affinity::recover() {
             tracing::warn!("host interrupts that a killed run moved stay there: {}", Chain(&error));
         }
+        let functions = attach::check(&Sysfs::default(), &options.devices)?;
         // Before any backend is connected to: it looks for the region when its session starts.
         let fifo_options = options.ivcpu.as_ref().and_then(|ivcpu| ivcpu.fifo.as_ref());
         let fifo = fifo_options.map(Fifo::open).transpose()?;
@@ -209,11 +222,24 @@ impl Machine {
         }
         let mut pci = Bus::default();
         let mut window = Window::new(pci_window_64);
+        let mut slots = FreeSlots::beside(&memory);
+        let interrupts_changed =
+            EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(system("make an eventfd"))?;
         let net = add_net(&mut pci, &wiring, &options.net, &mut window)?;
         if let Some(fifo) = &fifo {
-            let slot = KvmSlot::new(Arc::clone(&vm), memory::free_slot(&memory), fifo.mapping());
+            let slot = KvmSlot::new(Arc::clone(&vm), slots.take(), fifo.mapping());
             add_fifo(&mut pci, fifo, slot, &mut window)?;
         }
+        let mut window_32 = Window::new(memory::PCI_WINDOW_32);
+        let passthrough = attach::Wiring {
+            vm: &vm,
+            memory: &memory,
+            messages: &wiring.messages,
+            windows: Windows { below_4_gib: &mut window_32, above_4_gib: &mut window },
+            slots: &mut slots,
+            changed: &interrupts_changed,
+        };
+        attach(&mut pci, functions, passthrough)?;
         let devices = Arc::new(Devices { serial, pci });
 
         let mut vcpus = Vec::new();
@@ -228,7 +254,8 @@ impl Machine {
             end: Arc::new(EndSignal::new().map_err(system("make an eventfd"))?),
             interactive: options.serial == SerialMode::Tty,
             exits: options.exits,
-            host_irqs: move_host_irqs(options.ivcpu.as_ref())?,
+            host_irqs: move_host_irqs(options)?,
+            interrupts_changed,
             _vm: vm,
             _memory: memory,
             _fifo: fifo,
@@ -259,7 +286,7 @@ impl Machine {
         }
 
         if let Some(irqs) = self.host_irqs.take() {
-            let refresh = Refresh::new(irqs)
+            let refresh = Refresh::new(irqs, self.interrupts_changed)
                 .map_err(system("make the timer that looks after the host's interrupts"))?;
             events.add_subscriber(Box::new(refresh));
         }
@@ -366,11 +393,12 @@ fn add_fifo(bus: &mut Bus, fifo: &Fifo, slot: KvmSlot, window: &mut Window) -> R
 }
 
 /// Moves the host interrupts of the VM's devices to the IVCPU's pCPU.
-fn move_host_irqs(ivcpu: Option<&IvcpuOptions>) -> Result<Option<HostIrqs>, Error> {
-    match ivcpu.and_then(|ivcpu| Some((ivcpu.interrupt_pcpu()?, ivcpu.host_irqs.clone()))) {
-        Some((pcpu, sources)) => Ok(Some(HostIrqs::move_to(pcpu, sources)?)),
-        None => Ok(None),
-    }
+fn move_host_irqs(options: &MachineOptions) -> Result<Option<HostIrqs>, Error> {
+    let Some(ivcpu) = &options.ivcpu else { return Ok(None) };
+    let Some(pcpu) = ivcpu.interrupt_pcpu() else { return Ok(None) };
+    let of_devices = options.devices.iter().map(|device| IrqSource::PciDevice(device.address.to_string()));
+    let sources = ivcpu.host_irqs.iter().cloned().chain(of_devices).collect();
+    Ok(Some(HostIrqs::move_to(pcpu, sources)?))
 }
 
 fn create_vcpu(
