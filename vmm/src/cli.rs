@@ -11,6 +11,7 @@ use crate::machine::MachineOptions;
 use crate::memory::MemoryOptions;
 use crate::serial::SerialMode;
 use crate::vcpu::CpusOptions;
+use crate::vfio;
 use crate::vfio::options::DeviceOptions;
 use crate::virtio::net_options::NetOptions;
 
@@ -32,6 +33,9 @@ pub struct Cli {
 pub enum Command {
     /// Count the exits of a running VM, of this or any other VMM.
     Exits(exits::command::ExitsArgs),
+    /// Make PCI functions ready for a VM, give them back, list them.
+    #[command(subcommand)]
+    Vfio(vfio::command::VfioCommand),
 }
 
 /// Run a VM.

@@ -9,6 +9,7 @@ use ivcpu_vmm::chain::Chain;
 use ivcpu_vmm::cli::{Cli, Command};
 use ivcpu_vmm::exits;
 use ivcpu_vmm::machine::Machine;
+use ivcpu_vmm::vfio;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -28,6 +29,10 @@ fn main() -> ExitCode {
         (Some(Command::Exits(args)), _) => match exits::command::run(&args) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => failed(format_args!("{error:#}")),
+        },
+        (Some(Command::Vfio(command)), _) => match vfio::command::run(&command) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => failed(Chain(&error)),
         },
         (None, Some(run)) => match Machine::new(&run.into()).and_then(Machine::run) {
             Ok(ending) => {

@@ -163,3 +163,7 @@ impl<H: Hardware, S: Slot> Function for Passthrough<H, S> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "function_test.rs"]
+mod tests;

@@ -12,10 +12,12 @@
 //! ```
 //!
 //! Before any of that, [`group`] and [`reset`] check that the function is one that can be given away, through what
-//! [`sysfs`] says about it.
+//! [`sysfs`] says about it. [`bind`] makes a function one that can, and undoes that; [`list`] shows them.
 
 pub mod attach;
 pub mod bars;
+pub mod bind;
+pub mod command;
 pub mod config;
 pub mod container;
 pub mod function;
@@ -23,6 +25,7 @@ pub mod group;
 pub mod hardware;
 pub mod holders;
 pub mod interrupts;
+pub mod list;
 pub mod mapping;
 pub mod options;
 pub mod reset;
