@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::boot::kernel::KernelOptions;
+use crate::doctor;
 use crate::exits;
 use crate::ivcpu::IvcpuOptions;
 use crate::machine::MachineOptions;
@@ -33,6 +34,8 @@ pub struct Cli {
 pub enum Command {
     /// Count the exits of a running VM, of this or any other VMM.
     Exits(exits::command::ExitsArgs),
+    /// Say what of this host is ready for an IVCPU, and what to do about the rest.
+    Doctor(doctor::command::DoctorArgs),
     /// Make PCI functions ready for a VM, give them back, list them.
     #[command(subcommand)]
     Vfio(vfio::command::VfioCommand),

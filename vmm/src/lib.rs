@@ -9,6 +9,7 @@ pub mod boot;
 pub mod chain;
 pub mod cli;
 pub mod devices;
+pub mod doctor;
 pub mod events;
 pub mod exits;
 pub mod fifo;

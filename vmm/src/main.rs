@@ -7,6 +7,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use ivcpu_vmm::chain::Chain;
 use ivcpu_vmm::cli::{Cli, Command};
+use ivcpu_vmm::doctor;
 use ivcpu_vmm::exits;
 use ivcpu_vmm::machine::Machine;
 use ivcpu_vmm::vfio;
@@ -29,6 +30,10 @@ fn main() -> ExitCode {
         (Some(Command::Exits(args)), _) => match exits::command::run(&args) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => failed(format_args!("{error:#}")),
+        },
+        (Some(Command::Doctor(args)), _) => match doctor::command::run(&args) {
+            Ok(ready) => ExitCode::from(u8::from(!ready)),
+            Err(error) => failed(error),
         },
         (Some(Command::Vfio(command)), _) => match vfio::command::run(&command) {
             Ok(()) => ExitCode::SUCCESS,

@@ -3,6 +3,7 @@
 //! All of guest RAM is mapped, and so pinned: a function may write to any of it at any time. The registers of other functions
 //! and the FIFO region are no RAM and are not mapped; a function that is told to write there gets an IOMMU fault.
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -29,7 +30,7 @@ pub enum Error {
         /// What to do.
         advice: &'static str,
         /// Why.
-        source: VfioError,
+        source: io::Error,
     },
     /// Another process has the group.
     #[error(
@@ -53,7 +54,7 @@ pub enum Error {
         /// What to do.
         advice: &'static str,
         /// Why.
-        source: VfioError,
+        source: io::Error,
     },
     /// Memory cannot be pinned.
     #[error(
@@ -73,7 +74,7 @@ pub enum Error {
         /// MiB.
         size: u64,
         /// Why.
-        source: VfioError,
+        source: io::Error,
     },
 }
 
@@ -97,7 +98,7 @@ impl Container {
                 Some(libc::EACCES | libc::EPERM) => "run as root, or as a user who may open it",
                 _ => "see `dmesg | grep -i vfio`",
             },
-            source,
+            source: cause(&source),
         })?;
         Ok(Self { vfio: Arc::new(vfio), memory, is_mapped: false })
     }
@@ -129,7 +130,7 @@ impl Container {
 
     fn map_refusal(&self, start: u64, size: u64, source: VfioError) -> Error {
         if errno(&source) != Some(libc::ENOMEM) {
-            return Error::Map { start, size: size >> 20, source };
+            return Error::Map { start, size: size >> 20, source: cause(&source) };
         }
         let needed = self.memory.iter().map(GuestMemoryRegion::len).sum::<u64>() >> 20;
         let limit = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(soft, _)| soft >> 20);
@@ -159,7 +160,12 @@ fn refusal(address: PciAddress, group: u32, source: VfioError) -> Error {
         }
         _ => "see `dmesg | grep -i vfio`",
     };
-    Error::Open { address, group, advice, source }
+    Error::Open { address, group, advice, source: cause(&source) }
+}
+
+/// What is behind an error of VFIO's, whose text would repeat it.
+fn cause(error: &VfioError) -> io::Error {
+    errno(error).map_or_else(|| io::Error::other(error.to_string()), io::Error::from_raw_os_error)
 }
 
 /// The system's error in one of VFIO's, where it keeps it.
@@ -176,8 +182,6 @@ fn errno(error: &VfioError) -> Option<i32> {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
-
     use super::*;
 
     fn line(source: VfioError) -> String {

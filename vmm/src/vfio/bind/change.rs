@@ -157,7 +157,7 @@ impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Up { .. } => write!(f, "up (was down)"),
-            Self::VirtualFunctions { count, .. } => write!(f, "{count} virtual functions (had none)"),
+            Self::VirtualFunctions { count, .. } => write!(f, "virtual functions: {count} (were 0)"),
             Self::Mac { mac, former, .. } => write!(f, "MAC address {mac} (was {former})"),
             Self::Vlan { vlan, former, .. } => write!(f, "VLAN {vlan} (was {former})"),
             Self::Driver { former, .. } => {

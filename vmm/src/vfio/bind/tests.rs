@@ -171,7 +171,7 @@ fn a_physical_function_is_made_into_a_bound_virtual_one_and_back() {
         lines,
         [
             "eth0: up (was down)",
-            "0000:01:00.0: 1 virtual functions (had none)",
+            "0000:01:00.0: virtual functions: 1 (were 0)",
             "eth0 VF 0: MAC address 52:54:00:aa:bb:01 (was 00:00:00:00:00:00)",
             "eth0 VF 0: VLAN 10 (was 0)",
             "0000:01:10.0: bound to vfio-pci (was bound to igbvf)",
