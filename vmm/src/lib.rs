@@ -16,6 +16,7 @@ pub mod fifo;
 pub mod gsi;
 pub mod ivcpu;
 pub mod ivshmem;
+pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod pci;

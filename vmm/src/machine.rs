@@ -6,8 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::VmFd;
 use nix::sys::signalfd::SignalFd;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -21,6 +20,7 @@ use crate::fifo::{self, Fifo};
 use crate::gsi::{self, KvmRouter, MessageRouter};
 use crate::ivcpu::{self, IvcpuOptions};
 use crate::ivshmem::{self, Ivshmem};
+use crate::kvm;
 use crate::memory::{self, FreeSlots, GuestMemory, MemoryOptions};
 use crate::pci::bus::{self, Bus};
 use crate::pci::window::{self, Window};
@@ -69,22 +69,9 @@ pub struct MachineOptions {
 /// What can go wrong before a VM runs.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// /dev/kvm could not be opened.
-    #[error("cannot open /dev/kvm; {advice}")]
-    OpenKvm {
-        /// KVM's error.
-        source: kvm_ioctls::Error,
-        /// What to do.
-        advice: &'static str,
-    },
-    /// A step of the VM's making that KVM refused.
-    #[error("KVM refuses {step}")]
-    Kvm {
-        /// Which.
-        step: &'static str,
-        /// KVM's error.
-        source: kvm_ioctls::Error,
-    },
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
     /// The boot files.
     #[error(transparent)]
     Kernel(#[from] kernel::Error),
@@ -190,8 +177,8 @@ impl Machine {
         let fifo = fifo_options.map(Fifo::open).transpose()?;
         let boot_files = options.kernel.open().map_err(kernel::Error::from)?;
         pin::keep_off(&placement.taken())?;
-        let kvm = open_kvm()?;
-        let vm = Arc::new(create_vm(&kvm)?);
+        let kvm = kvm::open()?;
+        let vm = Arc::new(kvm::create_vm(&kvm)?);
         let memory = memory::allocate(&options.memory)?;
         memory::register(&vm, &memory)?;
 
@@ -210,7 +197,7 @@ impl Machine {
 
         let serial = serial::Port::new(&options.serial)?;
         if let Some(port) = &serial {
-            vm.register_irqfd(port.interrupt(), serial::GSI).map_err(kvm_error("the serial interrupt"))?;
+            vm.register_irqfd(port.interrupt(), serial::GSI).map_err(kvm::refused("the serial interrupt"))?;
         }
         let wiring = Wiring {
             memory: memory.clone(),
@@ -344,29 +331,6 @@ fn stop(running: Vec<Running>) -> bool {
     left_behind == 0
 }
 
-fn open_kvm() -> Result<Kvm, Error> {
-    Kvm::new().map_err(|source| Error::OpenKvm {
-        source,
-        advice: match source.errno() {
-            libc::EACCES | libc::EPERM => "run as a user who may, such as a member of the group kvm",
-            libc::ENOENT | libc::ENODEV | libc::ENXIO => {
-                "load kvm_intel or kvm_amd, and switch virtualization on in the firmware (or in the outer VM)"
-            }
-            _ => "see `dmesg | grep kvm`",
-        },
-    })
-}
-
-fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
-    let vm = kvm.create_vm().map_err(kvm_error("a new VM"))?;
-    vm.set_identity_map_address(memory::KVM_IDENTITY_MAP).map_err(kvm_error("the identity map address"))?;
-    vm.set_tss_address(memory::KVM_TSS as usize).map_err(kvm_error("the task state address"))?;
-    vm.create_irq_chip().map_err(kvm_error("the interrupt controllers"))?;
-    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-    vm.create_pit2(pit).map_err(kvm_error("the interval timer"))?;
-    Ok(vm)
-}
-
 /// Puts the network devices on the bus.
 fn add_net(
     bus: &mut Bus,
@@ -409,18 +373,14 @@ fn create_vcpu(
     entry: u64,
 ) -> Result<Vcpu, Error> {
     let VcpuThread { number, name, affinity } = thread;
-    let fd = vm.create_vcpu(u64::from(number)).map_err(kvm_error("a new vCPU"))?;
-    fd.set_cpuid2(&template.for_vcpu(number)?).map_err(kvm_error("the CPUID of a vCPU"))?;
+    let fd = vm.create_vcpu(u64::from(number)).map_err(kvm::refused("a new vCPU"))?;
+    fd.set_cpuid2(&template.for_vcpu(number)?).map_err(kvm::refused("the CPUID of a vCPU"))?;
     mtrr::set_up(&fd)?;
     registers::set_up_local_apic(&fd)?;
     if number == 0 {
         registers::set_up_first(&fd, memory, entry)?;
     }
     Ok(Vcpu { number, name, fd, affinity })
-}
-
-fn kvm_error(step: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
-    move |source| Error::Kvm { step, source }
 }
 
 fn system(step: &'static str) -> impl Fn(io::Error) -> Error {
