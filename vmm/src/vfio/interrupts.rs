@@ -53,14 +53,21 @@ struct MsixFunction {
     msix: Msix,
     table: Place,
     pending: Place,
-    /// Vectors the host has given.
-    given: u16,
+    given: Given,
 }
 
 struct MsiFunction {
     capability: usize,
     msi: Msi,
-    given: u16,
+    given: Given,
+}
+
+/// What the host has given of one kind.
+#[derive(Default)]
+struct Given {
+    vectors: u16,
+    /// Whether the log says already that it refuses; a guest can ask as often as it likes.
+    complained: bool,
 }
 
 /// The vectors of a function.
@@ -84,7 +91,7 @@ impl Interrupts {
             Some(capability) if hardware.vectors(VectorKind::Msi) > 0 => {
                 let msi = Msi::new(Arc::clone(router), config.space().word(capability + CONTROL))?;
                 config.keep(capability, &msi.writable());
-                Some(MsiFunction { capability, msi, given: 0 })
+                Some(MsiFunction { capability, msi, given: Given::default() })
             }
             _ => None,
         };
@@ -146,16 +153,16 @@ impl Interrupts {
         if let Some(MsixFunction { msix, given, .. }) = &mut self.msix {
             let wanted = match (msix.is_enabled(), msix.delivers()) {
                 (false, _) => 0,
-                (true, false) => *given,
+                (true, false) => given.vectors,
                 // One at least: a function whose MSI-X is off would raise its interrupt pin.
-                (true, true) => msix.in_use().max(*given).max(1),
+                (true, true) => msix.in_use().max(given.vectors).max(1),
             };
             let events: Vec<_> = (0..wanted).filter_map(|vector| msix.event(vector)).collect();
-            changed |= set(hardware, VectorKind::MsiX, given, &events);
+            changed |= given.set(hardware, VectorKind::MsiX, &events);
         }
         if let Some(MsiFunction { msi, given, .. }) = &mut self.msi {
             let events: Vec<_> = msi.events().collect();
-            changed |= set(hardware, VectorKind::Msi, given, &events);
+            changed |= given.set(hardware, VectorKind::Msi, &events);
         }
         if changed && let Err(error) = self.changed.write(1) {
             tracing::info!("cannot say that there are other interrupts now: {error}");
@@ -163,26 +170,31 @@ impl Interrupts {
     }
 }
 
-/// Has the host give these vectors, if it does not yet; says if anything was tried. What it refuses stays as it was.
-fn set(hardware: &impl Hardware, kind: VectorKind, given: &mut u16, events: &[&EventFd]) -> bool {
-    let wanted = events.len() as u16;
-    if wanted == *given {
-        return false;
-    }
-    // Kernels that cannot add to what there is want it switched off first.
-    let result = hardware.set_vectors(kind, events).or_else(|error| {
-        if *given == 0 || events.is_empty() {
-            return Err(error);
+impl Given {
+    /// Has the host give these vectors, if it does not yet; says if anything was tried. What it refuses stays as it was.
+    fn set(&mut self, hardware: &impl Hardware, kind: VectorKind, events: &[&EventFd]) -> bool {
+        let wanted = events.len() as u16;
+        if wanted == self.vectors {
+            return false;
         }
-        hardware.set_vectors(kind, &[])?;
-        *given = 0;
-        hardware.set_vectors(kind, events)
-    });
-    match result {
-        Ok(()) => *given = wanted,
-        Err(error) => tracing::warn!("the host does not give {wanted} {kind:?} vectors: {}", Chain(&error)),
+        let mut result = hardware.set_vectors(kind, events);
+        // Kernels that cannot add to what there is want it switched off first.
+        if result.is_err() && self.vectors != 0 && wanted != 0 && hardware.set_vectors(kind, &[]).is_ok() {
+            self.vectors = 0;
+            result = hardware.set_vectors(kind, events);
+        }
+        match result {
+            Ok(()) => self.vectors = wanted,
+            Err(error) if self.complained => {
+                tracing::info!("the host still does not give {wanted} {kind:?} vectors: {}", Chain(&error));
+            }
+            Err(error) => {
+                tracing::warn!("the host does not give {wanted} {kind:?} vectors: {}", Chain(&error));
+                self.complained = true;
+            }
+        }
+        true
     }
-    true
 }
 
 impl Place {
@@ -217,5 +229,5 @@ fn find_msix(
     writable[CONTROL..CONTROL + 2].copy_from_slice(&msix::CONTROL_WRITABLE.to_le_bytes());
     config.keep(capability, &writable);
     let msix = Msix::new(Arc::clone(router), count)?;
-    Ok(Some(MsixFunction { capability, msix, table, pending, given: 0 }))
+    Ok(Some(MsixFunction { capability, msix, table, pending, given: Given::default() }))
 }
