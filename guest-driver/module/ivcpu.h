@@ -12,7 +12,8 @@
  *   So virtqueues are only pointed to between two such changes. Whoever is about to free some (a driver's remove, a
  *   failing probe, suspend) is held in the notifier until the thread is gone, and the next one starts with nothing.
  *
- *   While the thread sleeps, any interrupt of a virtio device wakes it; interrupts.c sees them before their handlers.
+ *   While the thread sleeps, any interrupt of a virtio device wakes it if an entry waits; interrupts.c sees interrupts
+ *   before their handlers.
  *
  * Locking, outermost first
  *   device locks, the lock of CPU hotplug   held by whoever calls ivcpu_settle()

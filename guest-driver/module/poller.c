@@ -3,9 +3,9 @@
  * The consumer: a thread on the IVCPU that takes completions from the region and runs the virtqueues they name, as
  * their interrupts would have: the handler with interrupts off, then the bottom halves it raised, here.
  *
- * It polls until it has found nothing for poll_us, then sleeps until called (docs/fifo-abi.md, "Sleeping"). A call is an
- * interrupt of a served device. It comes before its own handler, which delivers that queue's completion by itself; the
- * thread then finds what else there is. An interrupt whose work the thread took first finds nothing and counts
+ * It polls until it has found nothing for poll_us, then sleeps until called (docs/fifo-abi.md, "Sleeping"). A call is
+ * an interrupt of a served device, seen before its handler runs. That handler delivers its queue's completion itself;
+ * the thread then finds what else there is. An interrupt whose work the thread took first finds nothing and counts
  * as spurious; the kernel gives up a line only if 99,900 of 100,000 are, and while the thread sleeps none is.
  */
 #include "ivcpu.h"
@@ -28,15 +28,16 @@
 #include <linux/virtio.h>
 #include <linux/virtio_ring.h>
 
-/* Looks at the rings between two PAUSEs. Further apart than the 128 cycles within which a host takes them for one loop. */
+/* Looks at the rings between two PAUSEs: a host ends a loop of PAUSEs less than 128 cycles apart by an exit. */
 #define LOOKS 8
 /* Bottom halves wait for the end of a batch, so it is short. */
 #define BATCH_ENTRIES 64
 #define BATCH_NS (NSEC_PER_MSEC)
 /* A look at all pending words because of a call costs some ten microseconds, so not oftener than this. */
 #define RESCAN_NS (250 * NSEC_PER_USEC)
-/* RCU begins to complain much later. */
+/* RCU asks for more than this only after 100 ms. */
 #define QUIESCENT_NS (32 * NSEC_PER_MSEC)
+/* Looks that find a ring empty before it is not looked at any more. */
 #define EMPTY_LOOKS 64
 
 struct ivcpu_counts ivcpu_counts;
@@ -169,7 +170,14 @@ static void breathe(u64 now)
 {
 	static u64 last;
 
-	cond_resched();
+	/*
+	 * Bottom halves that took too long are ksoftirqd's now, which waits for this CPU: without giving it up, some
+	 * 700 microseconds each time on 6.12.
+	 */
+	if (local_softirq_pending())
+		yield();
+	else
+		cond_resched();
 	if (now - last < QUIESCENT_NS)
 		return;
 	last = now;
@@ -300,15 +308,34 @@ void ivcpu_poller_stop(void)
 	kvfree(kept);
 }
 
+/*
+ * Whether an entry waits for the thread, which sleeps and so does not touch what is read here. Whoever calls it wrote
+ * one before.
+ */
+static bool is_awaited(void)
+{
+	u64 hot;
+
+	for (hot = ivcpu_hot(&consumer); hot; hot &= hot - 1) {
+		u32 ring = IVCPU_LOWEST_BIT(hot);
+
+		if (ivcpu_distance(&consumer, ring, ivcpu_slot(&consumer, ring)) >= 0)
+			return true;
+	}
+	return false;
+}
+
 /**
- * ivcpu_poller_call() - a served device's interrupt is here: wakes the thread, or tells it that somebody waits
+ * ivcpu_poller_call() - a served device's interrupt is here: wakes the thread, or tells it that it is waited for
  *
+ * Devices of other backends, which know no FIFO, interrupt too. A sleeping thread is left alone then: if their
+ * interrupts are on other CPUs (virtio-blk's may be), each would cost an interrupt between CPUs.
  * Called with interrupts off.
  */
 void ivcpu_poller_call(void)
 {
 	raw_spin_lock(&call_lock);
-	if (thread && READ_ONCE(state) != ABSENT) {
+	if (thread && (READ_ONCE(state) == AWAKE || (READ_ONCE(state) == SLEEPING && is_awaited()))) {
 		WRITE_ONCE(called, true);
 		wake_up_process(thread);
 	}

@@ -7,9 +7,10 @@
  * released", a device is moving. While one is, there is no consumer; nobody else frees a queue. ivcpu_queues_collect()
  * is called when none is moving and the next one that would is held back in the notifier.
  *
- * What is left is a queue reset by its own driver (VIRTIO_F_RING_RESET: ethtool -G, AF_XDP): the queue stays, its ring
- * is exchanged. virtqueue::reset tells before the old ring is freed, and the producer has unregistered the source before
- * it let the driver go on.
+ * What is left is a queue reset by its own driver where the device offers VIRTIO_F_RING_RESET (ethtool -G, AF_XDP): the
+ * queue stays, its ring is exchanged, and nobody is told. virtqueue::reset, looked at before each run, says so once the
+ * device has stopped the queue and before the old ring is freed. A CPU held up between that look and the next for the
+ * whole exchange reads an index in freed memory: at worst one callback too many, which the driver has switched off.
  */
 #include "ivcpu.h"
 

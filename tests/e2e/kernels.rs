@@ -1,15 +1,22 @@
 //! Unmodified distribution kernels, old and new, full and cloud flavour, boot under ivcpu-vmm, move traffic through
-//! ivcpu-backend to their IVCPU, and power off.
+//! ivcpu-backend to their IVCPU, through the FIFO with the module built for each, and power off.
 
 use anyhow::{Result, ensure};
+use ivcpu_lab::in_host::fifo_guest::{kernel_log, module_counters, remove_module};
 use ivcpu_lab::in_host::flow::move_both_ways;
 use ivcpu_lab::in_host::{Host, Setup, Testbed};
 use ivcpu_lab::provision::Kernel;
+use ivcpu_lab::result::Mode;
 use ivcpu_lab::trial::in_emulated_host_with_guest;
 
 fn boots_and_moves_traffic(host: &Host, kernel: Kernel) -> Result<()> {
-    let mut testbed = Testbed::start(host, &Setup { kernel, ..Setup::default() })?;
+    let mut testbed = Testbed::start(host, &Setup { kernel, mode: Mode::Fifo, ..Setup::default() })?;
     move_both_ways(&mut testbed, 1, 2)?;
+    let counters = module_counters(&mut testbed.vm)?;
+    ensure!(counters.entries > 100 && counters.delivered > 0, "{counters:?}");
+    remove_module(&mut testbed.vm)?;
+    move_both_ways(&mut testbed, 1, 1)?;
+    kernel_log(&mut testbed.vm)?;
     ensure!(testbed.vm.power_off()?.success());
     Ok(())
 }

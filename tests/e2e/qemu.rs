@@ -21,11 +21,6 @@ fn moves_checked_bytes_both_ways(host: &Host, queue_pairs: u16) -> Result<()> {
 }
 
 #[test]
-fn one_queue_pair() -> Result<()> {
-    in_emulated_host(|host| moves_checked_bytes_both_ways(host, 1))
-}
-
-#[test]
 fn two_queue_pairs() -> Result<()> {
     in_emulated_host(|host| moves_checked_bytes_both_ways(host, 2))
 }

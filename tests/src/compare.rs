@@ -26,8 +26,10 @@ const RESTARTS: u32 = 3;
 const ALL: [Workload; 3] = [Workload::TcpOut, Workload::TcpIn, Workload::TcpRr];
 /// Longer than any window: the IVCPU never sleeps in one.
 const NO_SLEEP_US: u64 = 60_000_000;
-/// Longer than the gaps of the emulated host's traffic.
-const HALT_POLL_US: u64 = 20_000;
+/// Longer than any gap in the emulated host, also of a vCPU that has next to nothing to do.
+const HALT_POLL_US: u64 = 1_000_000;
+/// FIFO entries that say how few exits are left.
+const ENTRIES: u64 = 10_000;
 const STREAMS: [Workload; 2] = [Workload::TcpOut, Workload::TcpIn];
 
 /// What to compare, and how long.
@@ -110,6 +112,7 @@ fn plans(options: &CompareOptions) -> Vec<Plan> {
         workloads: workloads.to_vec(),
         windows: windows.into(),
         seconds: options.seconds,
+        entries: None,
         with_bystander: true,
     };
     let mut plans = Vec::new();
@@ -126,8 +129,9 @@ fn plans(options: &CompareOptions) -> Vec<Plan> {
     // Exits alone: no bystander that an IPI could interrupt, so each IPI that is left wakes a halted vCPU.
     let alone = |setup: &Setup| Plan { with_bystander: false, ..plan(setup, &ALL, options.windows) };
     plans.push(alone(&irq));
-    plans.push(alone(&fifo));
-    plans.push(alone(&Setup { halt_poll_us: Some(HALT_POLL_US), ..fifo.clone() }));
+    let enough = |setup: &Setup| Plan { entries: Some(ENTRIES), ..alone(setup) };
+    plans.push(enough(&fifo));
+    plans.push(enough(&Setup { halt_poll_us: Some(HALT_POLL_US), ..fifo.clone() }));
     plans.push(alone(&Setup { vmm: Vmm::Qemu, ..fifo }));
     // Two poll threads share the backend's one pCPU: if neither ever slept, each would spin away the other's time.
     let two_pairs = Setup { queue_pairs: 2, poll_us: Some("50".into()), ..irq.clone() };
@@ -256,7 +260,8 @@ fn measure_inside(
 ) -> Result<anyhow::Result<Measured>, emulated_host::Error> {
     let run = host.command(["ivcpu-lab".to_owned(), "measure".to_owned()].into_iter().chain(plan.words()));
     let windows = (1 + plan.workloads.len()) * plan.windows;
-    let deadline = Duration::from_secs_f64(120.0 + windows as f64 * (plan.seconds * 3.0 + 10.0));
+    let waiting = if plan.entries.is_some() { 120.0 * plan.workloads.len() as f64 } else { 0.0 };
+    let deadline = Duration::from_secs_f64(120.0 + waiting + windows as f64 * (plan.seconds * 3.0 + 10.0));
     let (mut output, mut errors) = (Vec::new(), Vec::new());
     let status = host.run(&run, Input::Empty, Some(deadline), |error, bytes| {
         if error { &mut errors } else { &mut output }.extend_from_slice(bytes);
@@ -387,7 +392,8 @@ mod tests {
         keys.sort();
         keys.dedup();
         assert_eq!(keys.len(), file.cases.len());
-        assert!(file.cases.iter().all(|case| case.figures.repeats == Some(3)), "{file:?}");
+        let repeats = |case: &CaseResult| case.figures.repeats == Some(3);
+        assert!(file.cases.iter().all(repeats), "{file:?}");
         assert_eq!(file.ratios.len(), 12);
     }
 

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use ivcpu_vmm::exits::{Row, Rows};
 use serde::{Deserialize, Serialize};
 
-use crate::result::{self, Bystander, Figures, GuestIrqs, Pcpu, Role};
+use crate::result::{self, Bystander, Figures, GuestIrqs, Pcpu, Role, TimerInterrupts};
 use crate::traffic::Latency;
 
 /// What one window saw: differences between two samples.
@@ -38,6 +38,10 @@ pub struct Window {
     pub fifo: Option<FifoCounts>,
     /// CPU seconds by pCPU.
     pub cpu_seconds: Vec<f64>,
+    /// Interrupts of the host's own timer by pCPU: its ticks, and the timers of the guest's CPUs.
+    pub timer_interrupts: Vec<u64>,
+    /// Something outside the guest took what it left of the application's pCPUs: their CPU time says nothing.
+    pub application_is_filled: bool,
     /// Bystander iterations per CPU second of the application's pCPUs.
     pub bystander_rate: Option<f64>,
     /// The NIC's interrupts as the guest counted them.
@@ -96,6 +100,10 @@ impl Load {
         sum
     }
 
+    fn timer_interrupts(&self, pcpu: u32) -> u64 {
+        self.total(|w| w.timer_interrupts.get(pcpu as usize).copied().unwrap_or(0))
+    }
+
     /// Largest less smallest window, a row, times the number of windows: the spread of the summed figure if all
     /// windows erred the same way. One window has none.
     fn spread(&self, pcpu: u32) -> Option<Rows> {
@@ -111,11 +119,11 @@ impl Load {
         Some(spread)
     }
 
-    /// Standard deviation of a window's device exits, times the number of windows: as if all erred the same way.
+    /// Standard deviation of the windows' summed device exits, from that of one window.
     fn device_exits_sigma(&self, pcpu: u32) -> Option<f64> {
         let of = |rows: &Rows| Figures::DEVICE_ROWS.iter().map(|row| rows.count(*row)).sum::<u64>() as f64;
         let counts: Vec<_> = self.windows.iter().map(|w| w.exits.get(&pcpu).map_or(0.0, of)).collect();
-        Some(result::sigma(&counts)? * counts.len() as f64)
+        Some(result::sigma(&counts)? * (counts.len() as f64).sqrt())
     }
 
     fn guest_irqs(&self) -> Option<GuestIrqs> {
@@ -128,18 +136,25 @@ impl Load {
     }
 }
 
-/// Figures of a load beside its control: the same VM and spinning threads over as many equally long windows without
-/// traffic. `roles` names every pCPU of the host.
+/// Figures of a load beside its control: the same VM and spinning threads in windows without traffic, scaled to the
+/// same length. `roles` names every pCPU of the host.
 pub fn of_load(traffic: &Load, control: &Load, roles: &[Role]) -> Figures {
+    // Windows with traffic may be longer than those without.
+    let times = traffic.total(|w| w.seconds) / control.total(|w| w.seconds);
+    let times = if times.is_finite() { times } else { 1.0 };
     let pcpus: Vec<Pcpu> = (0u32..)
         .zip(roles)
         .map(|(pcpu, role)| Pcpu {
             pcpu,
             role: *role,
             exits: traffic.rows(pcpu),
-            control: control.rows(pcpu),
-            control_spread: control.spread(pcpu),
-            control_sigma: control.device_exits_sigma(pcpu),
+            control: scaled(&control.rows(pcpu), times),
+            control_spread: control.spread(pcpu).map(|rows| scaled(&rows, times)),
+            timer_interrupts: TimerInterrupts {
+                traffic: traffic.timer_interrupts(pcpu),
+                control: (control.timer_interrupts(pcpu) as f64 * times).round() as u64,
+            },
+            control_sigma: control.device_exits_sigma(pcpu).map(|sigma| sigma * times.sqrt()),
             cpu_seconds: traffic.windows.iter().map(|w| w.cpu_seconds.get(pcpu as usize).copied()).sum(),
         })
         .collect();
@@ -149,7 +164,9 @@ pub fn of_load(traffic: &Load, control: &Load, roles: &[Role]) -> Figures {
         _ => None,
     };
     // Without a bystander all of the application's time is the traffic's, idle polling included.
-    let bystanders_part = if traffic.windows.iter().all(|w| w.bystander_rate.is_none()) {
+    let bystanders_part = if traffic.windows.iter().any(|w| w.application_is_filled) {
+        None
+    } else if traffic.windows.iter().all(|w| w.bystander_rate.is_none()) {
         Some(0.0)
     } else {
         bystander.map(|b| b.share)
@@ -202,6 +219,15 @@ pub fn of_load(traffic: &Load, control: &Load, roles: &[Role]) -> Figures {
         spread: result::spread(&traffic.rates()),
         pcpus,
     }
+}
+
+/// Counts as they would be over a span so many times as long.
+fn scaled(rows: &Rows, times: f64) -> Rows {
+    let mut result = Rows::default();
+    for row in Row::ALL {
+        result.add(row, (rows.count(row) as f64 * times).round() as u64);
+    }
+    result
 }
 
 /// Payload bytes over seconds, in Mbit/s.
@@ -261,6 +287,17 @@ mod tests {
     }
 
     #[test]
+    fn a_control_of_other_length_is_scaled() {
+        let traffic = load(vec![window([500, 100], 1_000_000_000, 80.0); 4]);
+        let control = load(vec![window([400, 10], 0, 100.0), window([420, 10], 0, 100.0)]);
+        let f = of_load(&traffic, &control, &[Role::App, Role::Backend]);
+        assert_eq!(f.pcpus[0].control.count(Row::ExternalIntr), 1640);
+        assert_eq!(f.pcpus[1].control_sigma, Some(0.0));
+        // One window errs by 14.1, four of them together by twice that.
+        assert!((f.pcpus[0].control_sigma.unwrap() - 200f64.sqrt() * 2.0).abs() < 1e-9);
+    }
+
+    #[test]
     fn one_unknown_window_makes_the_sum_unknown() {
         let mut known = window([1, 1], 10, 1.0);
         known.kicks = Some(3);
@@ -275,6 +312,17 @@ mod tests {
         let load = load(vec![window([1, 1], 10, 1.0)]);
         let f = of_load(&load, &load, &[Role::App, Role::Wire]);
         assert_eq!(f.cpu_seconds_per_gb, None);
+    }
+
+    #[test]
+    fn a_filled_pcpu_has_no_price_and_an_unaccompanied_one_is_billed_whole() {
+        let mut alone = window([1, 1], 1_000_000_000, 1.0);
+        alone.bystander_rate = None;
+        let control = load(vec![window([1, 1], 0, 1.0)]);
+        let roles = [Role::App, Role::Backend];
+        let price = |window: Window| of_load(&load(vec![window]), &control, &roles).cpu_seconds_per_gb;
+        assert_eq!(price(alone.clone()), Some(3.0));
+        assert_eq!(price(Window { application_is_filled: true, ..alone }), None);
     }
 
     #[test]

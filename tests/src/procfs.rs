@@ -15,6 +15,17 @@ pub fn virtio_interrupts() -> anyhow::Result<Vec<Interrupt>> {
     Ok(parse_interrupts(&text))
 }
 
+/// Interrupts of each CPU's own timer.
+pub fn timer_interrupts() -> anyhow::Result<Vec<u64>> {
+    let text = fs::read_to_string("/proc/interrupts").context("reading /proc/interrupts")?;
+    parse_timer_interrupts(&text).context("/proc/interrupts has no local timer")
+}
+
+fn parse_timer_interrupts(text: &str) -> Option<Vec<u64>> {
+    let line = text.lines().find_map(|line| line.trim_start().strip_prefix("LOC:"))?;
+    Some(line.split_whitespace().map_while(|word| word.parse().ok()).collect())
+}
+
 /// Times of each CPU.
 pub fn cpu_times() -> anyhow::Result<Vec<CpuTime>> {
     let text = fs::read_to_string("/proc/stat").context("reading /proc/stat")?;
@@ -90,6 +101,13 @@ fn parse_cpu_times(text: &str) -> Vec<CpuTime> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn timer_interrupts_of_each_cpu() {
+        let text = "   CPU0 CPU1\n 24: 1 2 PCI-MSI eth0\nLOC:   12   7   Local timer interrupts\n";
+        assert_eq!(parse_timer_interrupts(text), Some(vec![12, 7]));
+        assert_eq!(parse_timer_interrupts("  CPU0\n"), None);
+    }
 
     #[test]
     fn interrupts_of_virtio_devices_only() {

@@ -178,7 +178,14 @@ fn exitless_lines(out: &mut String, f: &Figures) {
                 p.role,
                 e.net,
                 e.allowed,
-                if e.holds() { "exitless" } else { "NOT exitless" }
+                match e {
+                    e if e.holds() => "exitless".to_owned(),
+                    e if e.holds_but_for_timers() => format!(
+                        "exitless but for {} interrupts of the pCPU's own timer beyond the control's",
+                        e.more_timer_interrupts
+                    ),
+                    _ => "NOT exitless".to_owned(),
+                }
             ),
             None => {
                 writeln!(out, "  pCPU{} {}: a single control window says nothing of noise", p.pcpu, p.role)

@@ -1,106 +1,30 @@
 //! What it takes to hand a completion to a thread on another core: `cargo bench -p ivcpu-abi`.
 //!
-//! One thread sends, one receives, each pinned to its core. A sender waits until the last completion has been
-//! received, pauses, notes the time, and sends; the receiver notes the time at which it has it. Beside each
-//! other in one run: a bare cache line, the FIFO with its consumer awake and asleep, eventfd with epoll and with
-//! a blocking read. Ways are measured in turn, several times; medians over the runs count.
+//! Beside each other in one run: a bare cache line, the FIFO with its consumer awake and asleep, eventfd with epoll
+//! and with a blocking read. How is said in `measure`.
 
+mod measure;
 #[allow(dead_code, reason = "the memory has more to offer")]
 #[path = "../tests/memory/mod.rs"]
 mod memory;
 
 use std::hint::black_box;
 use std::os::fd::AsRawFd;
-use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use ivcpu_abi::{Consumer, Geometry, Producer, Push, Region, Sleep, Source};
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
-use nix::unistd::Pid;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
+use measure::{
+    Figures, RUNS, SLEEP_PAUSE, Table, median, nanoseconds_per_tick, on_two_cpus, send_all, ticks, two_cpus,
+};
 use memory::Memory;
-
-const RUNS: usize = 9;
 
 /// A word alone on its pair of cache lines.
 #[repr(align(128))]
 #[derive(Default)]
 struct Line(AtomicU64);
-
-/// Time in ticks: of the cycle counter where there is one, so that reading it does not drown a cache line.
-fn ticks() -> u64 {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: both instructions are in every x86-64 CPU. The fence makes earlier loads count.
-    unsafe {
-        core::arch::x86_64::_mm_lfence();
-        core::arch::x86_64::_rdtsc()
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
-        START.get_or_init(Instant::now).elapsed().as_nanos() as u64
-    }
-}
-
-fn nanoseconds_per_tick() -> f64 {
-    let (start, from) = (Instant::now(), ticks());
-    while start.elapsed() < Duration::from_millis(50) {}
-    start.elapsed().as_nanos() as f64 / (ticks() - from) as f64
-}
-
-/// The first two CPUs this process may use.
-fn two_cpus() -> Option<[usize; 2]> {
-    let allowed = sched_getaffinity(Pid::from_raw(0)).ok()?;
-    let mut cpus = (0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu).unwrap_or(false));
-    Some([cpus.next()?, cpus.next()?])
-}
-
-fn pin(cpu: usize) {
-    let mut set = CpuSet::new();
-    set.set(cpu).expect("a CPU of the affinity mask fits into one");
-    sched_setaffinity(Pid::from_raw(0), &set).expect("a CPU of the affinity mask can be used");
-}
-
-/// Runs both at a time, each on its CPU.
-fn on_two_cpus<S: Send, R: Send>(
-    cpus: [usize; 2],
-    sender: impl FnOnce() -> S + Send,
-    receiver: impl FnOnce() -> R + Send,
-) -> (S, R) {
-    let both_are_there = Barrier::new(2);
-    let start = |cpu| {
-        pin(cpu);
-        both_are_there.wait();
-    };
-    thread::scope(|scope| {
-        let receiver = scope.spawn(|| {
-            start(cpus[1]);
-            receiver()
-        });
-        let sender = scope.spawn(|| {
-            start(cpus[0]);
-            sender()
-        });
-        (sender.join().expect("the sender ends"), receiver.join().expect("the receiver ends"))
-    })
-}
-
-/// Percentiles of one run, ticks.
-#[derive(Clone, Copy, Default)]
-struct Figures {
-    delivery: [f64; 3],
-    /// Median time the sender spent on sending.
-    sending: f64,
-}
-
-fn percentiles(mut ticks: Vec<u64>) -> [f64; 3] {
-    ticks.sort_unstable();
-    [0.5, 0.99, 0.999].map(|part| ticks[((ticks.len() - 1) as f64 * part) as usize] as f64)
-}
 
 /// Measures one way of handing over, `samples` times, with pauses of `pause` to twice that (ticks).
 fn measure(
@@ -120,27 +44,9 @@ fn measure(
         }
         at
     };
-    let sender = || {
-        let (mut at, mut took) = (Vec::with_capacity(samples), Vec::with_capacity(samples));
-        let mut random = 1u64;
-        for count in 0..samples as u64 {
-            while received.0.load(Ordering::Acquire) < count {}
-            random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            let until = ticks() + pause + (random >> 33) % pause;
-            while ticks() < until {}
-            let start = ticks();
-            send();
-            took.push(ticks() - start);
-            at.push(start);
-        }
-        (at, took)
-    };
+    let sender = || send_all(samples, pause, &received.0, &mut send);
     let ((sent_at, sending), received_at) = on_two_cpus(cpus, sender, receiver);
-    // The first tenth warms up.
-    let warm = samples / 10;
-    let delivery =
-        received_at.iter().zip(&sent_at).skip(warm).map(|(to, from)| to.saturating_sub(*from)).collect();
-    Figures { delivery: percentiles(delivery), sending: percentiles(sending)[0] }
+    Figures::new(&sent_at, &received_at, sending)
 }
 
 /// A region of one ring with `sources` sources, and both ends.
@@ -184,8 +90,6 @@ fn fifo_awake(cpus: [usize; 2]) -> Figures {
     let receive = || while black_box(consumer.poll()).is_none() {};
     measure(cpus, 5_000, 1_000, send, receive)
 }
-
-const SLEEP_PAUSE: u64 = 60_000;
 
 fn fifo_asleep(cpus: [usize; 2]) -> Figures {
     let (_memory, mut producer, sources, mut consumer) = fifo(1);
@@ -288,11 +192,6 @@ fn idle_polls<const N: usize>(setups: [(usize, usize); N]) -> [f64; N] {
     consumers.map(|(_, _, batches)| median(batches))
 }
 
-fn median(mut of: Vec<f64>) -> f64 {
-    of.sort_by(f64::total_cmp);
-    of[of.len() / 2]
-}
-
 fn main() {
     if !std::env::args().any(|argument| argument == "--bench") {
         println!("delivery: a benchmark, measures only under cargo bench");
@@ -304,44 +203,29 @@ fn main() {
     };
     let tick = nanoseconds_per_tick();
     type Way = fn([usize; 2]) -> Figures;
-    let ways: [(&str, Way); 5] = [
-        ("cache line", cache_line),
-        ("FIFO, awake", fifo_awake),
-        ("FIFO, asleep", fifo_asleep),
-        ("eventfd, epoll", eventfd_epoll),
-        ("eventfd, read", eventfd_read),
-    ];
-    let mut runs = [const { Vec::new() }; 5];
+    let ways: [Way; 5] = [cache_line, fifo_awake, fifo_asleep, eventfd_epoll, eventfd_read];
+    let mut table =
+        Table::new(["cache line", "FIFO, awake", "FIFO, asleep", "eventfd, epoll", "eventfd, read"]);
     let mut streams = Vec::new();
     for _ in 0..RUNS {
-        for (way, figures) in ways.iter().zip(&mut runs) {
-            figures.push(way.1(cpus));
+        for (index, way) in ways.iter().enumerate() {
+            table.add(index, way(cpus));
         }
         streams.push(stream(cpus));
     }
     println!("completion delivery from CPU {} to CPU {}, ns, medians of {RUNS} runs", cpus[0], cpus[1]);
-    println!("{:16}{:>10}{:>10}{:>10}{:>10}", "way", "p50", "p99", "p99.9", "sending");
-    for ((name, _), figures) in ways.iter().zip(&runs) {
-        let of = |pick: &dyn Fn(&Figures) -> f64| tick * median(figures.iter().map(pick).collect());
-        let [half, most, nearly_all] = [0, 1, 2].map(|at| of(&|figures| figures.delivery[at]));
-        println!("{name:16}{half:10.0}{most:10.0}{nearly_all:10.0}{:10.0}", of(&|figures| figures.sending));
-    }
+    table.print(tick);
     println!("a completion in a stream: {:.1} ns", tick * median(streams));
     let [alone, full, spread] = idle_polls([(1, 1), (1, 256), (16, 16)]);
     println!("a poll without work: {:.2} ns with 1 source", tick * alone);
-    // Of neighbours in time: what a cache line costs changes when a hypervisor moves the CPUs.
-    let ratio = |way: usize, to: usize| {
-        let p50 = |run: &Figures| run.delivery[0];
-        median(runs[way].iter().zip(&runs[to]).map(|(way, to)| p50(way) / p50(to)).collect())
-    };
     println!(
         "delivery: FIFO awake = {:.2} x the cache line; eventfd = {:.1} x (epoll), {:.1} x (read) FIFO awake; \
          FIFO asleep = {:.2} x eventfd read; idle poll with 256 sources = {:.2} x (1 ring), {:.2} x (16 rings) \
          that with 1",
-        ratio(1, 0),
-        ratio(3, 1),
-        ratio(4, 1),
-        ratio(2, 4),
+        table.ratio(1, 0),
+        table.ratio(3, 1),
+        table.ratio(4, 1),
+        table.ratio(2, 4),
         full / alone,
         spread / alone,
     );

@@ -11,7 +11,7 @@ use anyhow::{Context, bail, ensure};
 use nix::sys::signal::Signal;
 use serde::Deserialize;
 
-use super::{Host, Wire};
+use super::{FifoRegion, Host, Wire};
 use crate::process::Process;
 
 /// How a backend is started.
@@ -106,11 +106,11 @@ impl Backend {
     }
 
     /// Makes the FIFO region's file, as one does for a VMM that does not.
-    pub fn create_region(host: &Host, path: &Path) -> anyhow::Result<()> {
+    pub fn create_region(host: &Host, region: &FifoRegion) -> anyhow::Result<()> {
         let program = host.binary("ivcpu-backend");
         let output = Command::new(&program)
-            .args(["fifo", "create"])
-            .arg(path)
+            .args(["fifo", "create", "--size", region.qemu_size()])
+            .arg(&region.path)
             .stdin(Stdio::null())
             .output()
             .with_context(|| format!("running {}", program.display()))?;

@@ -12,14 +12,18 @@ use ivcpu_vmm::exits::{Counter, Snapshot};
 use serde::{Deserialize, Serialize};
 
 use super::{Backend, BackendStats, Host, QueueStats, Setup, TAP, Testbed};
+use crate::bystander::Bystander;
 use crate::figures::{FifoCounts, Load, Window};
 use crate::pcpu;
-use crate::procfs::Interrupt;
+use crate::procfs::{self, Interrupt};
 use crate::result::{GuestIrqs, Mode, Role, word};
 use crate::traffic::{Counts, End, Traffic, Workload};
 
 /// Time for traffic, or for a bystander, to become steady.
 const WARM_UP: Duration = Duration::from_secs(1);
+
+/// A window that waits for FIFO entries ends after this.
+const LONGEST_WINDOW: Duration = Duration::from_secs(90);
 
 /// What to measure.
 #[derive(Clone, Debug, clap::Args)]
@@ -36,6 +40,9 @@ pub struct Plan {
     /// Length of a window in seconds
     #[arg(long, default_value_t = 3.0, value_parser = positive)]
     pub seconds: f64,
+    /// Instead of that, one window of each workload that ends with so many FIFO entries (or after 90 seconds)
+    #[arg(long)]
+    pub entries: Option<u64>,
     /// Whether the bystander runs beside the traffic; it always does in the control
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
     pub with_bystander: bool,
@@ -61,9 +68,15 @@ pub struct Measured {
 }
 
 impl Plan {
+    /// Whether something outside the guest takes what it leaves of the application's pCPUs while traffic flows. (Idle
+    /// vCPUs that poll leave nothing.)
+    fn fills_idle_pcpus(&self, host: &Host) -> bool {
+        host.is_emulated() && !self.with_bystander && self.setup.halt_poll_us.is_none()
+    }
+
     /// The words that make `ivcpu-lab measure` carry the plan out.
     pub fn words(&self) -> Vec<String> {
-        let Self { setup, workloads, windows, seconds, with_bystander } = self;
+        let Self { setup, workloads, windows, seconds, entries, with_bystander } = self;
         let workloads: Vec<_> = workloads.iter().map(|workload| word(*workload)).collect();
         let mut words = vec![
             format!("--vmm={}", word(setup.vmm)),
@@ -79,6 +92,7 @@ impl Plan {
             format!("--seconds={seconds}"),
             format!("--with-bystander={with_bystander}"),
         ];
+        words.extend(entries.iter().map(|entries| format!("--entries={entries}")));
         words.extend(setup.poll_us.iter().map(|us| format!("--poll-us={us}")));
         words.extend(setup.ivcpu_poll_us.iter().map(|us| format!("--ivcpu-poll-us={us}")));
         words.extend(setup.fifo_option.iter().map(|option| format!("--fifo-option={option}")));
@@ -103,6 +117,10 @@ pub fn measure(host: &mut Host, plan: &Plan) -> anyhow::Result<Measured> {
     if !plan.with_bystander {
         meter.testbed.vm.stop_bystander()?;
     }
+    // An emulated pCPU that idles leaves its real core to the others, whose timer ticks then merge less than in the
+    // control: some hundred exits that no traffic causes. So in the emulated host none idles.
+    let filler = plan.fills_idle_pcpus(meter.host).then(|| Bystander::start(&pcpu::APPLICATION, true));
+    let _filler = filler.transpose().context("keeping the application's pCPUs busy")?;
     let mut workloads = Vec::new();
     for workload in &plan.workloads {
         workloads.push(meter.workload(plan, *workload)?);
@@ -147,6 +165,7 @@ struct GuestSample {
 struct HostSample {
     cpu_times: Vec<u64>,
     backend: Option<Notifications>,
+    timer_interrupts: Vec<u64>,
     packets: u64,
     wire: Counts,
     exits: Snapshot,
@@ -208,7 +227,8 @@ impl Meter<'_> {
     }
 
     fn windows(&mut self, plan: &Plan, load: Option<(Workload, &End)>) -> anyhow::Result<Load> {
-        let windows: anyhow::Result<_> = (0..plan.windows).map(|_| self.window(plan, load)).collect();
+        let count = if load.is_some() && plan.entries.is_some() { 1 } else { plan.windows };
+        let windows: anyhow::Result<_> = (0..count).map(|_| self.window(plan, load)).collect();
         Ok(Load { windows: windows?, bytes_verified: None })
     }
 
@@ -220,10 +240,27 @@ impl Meter<'_> {
         let guest_before = self.guest_sample(load.is_some(), bystander)?;
         let before = self.host_sample(load)?;
         thread::sleep(Duration::from_secs_f64(plan.seconds));
+        if let (Some(entries), true) = (plan.entries, load.is_some()) {
+            self.wait_for_entries(&before, entries)?;
+        }
         let after = self.host_sample(load)?;
         let guest_after = self.guest_sample(load.is_some(), bystander)?;
         let workload = load.map(|(workload, _)| workload);
         self.difference(plan, workload, (&before, &guest_before), (&after, &guest_after))
+    }
+
+    /// Waits until the FIFO has had `entries` entries since `before`. Whoever asked for them checks the count: a
+    /// window that is too long to wait for says so by it.
+    fn wait_for_entries(&self, before: &HostSample, entries: u64) -> anyhow::Result<()> {
+        let before_them = before.backend.context("no backend of ours runs")?.fifo.entries;
+        while before.at.elapsed() < LONGEST_WINDOW {
+            let backend = self.testbed.backend.as_ref().context("no backend of ours runs")?;
+            if Notifications::of(&backend.stats()?).fifo.entries >= before_them + entries {
+                break;
+            }
+            thread::sleep(Duration::from_millis(500));
+        }
+        Ok(())
     }
 
     fn guest_sample(&mut self, traffic: bool, bystander: bool) -> anyhow::Result<GuestSample> {
@@ -242,6 +279,7 @@ impl Meter<'_> {
         Ok(HostSample {
             cpu_times: self.host.outside.cpu_times()?,
             backend,
+            timer_interrupts: procfs::timer_interrupts()?,
             packets: frames(&format!("/proc/{feeder}/net/dev"))?,
             wire: load.map(|(_, end)| end.counts()).unwrap_or_default(),
             exits: self.counter.snapshot()?,
@@ -304,8 +342,15 @@ impl Meter<'_> {
             fifo: backend.filter(|_| plan.setup.mode == Mode::Fifo).map(|b| b.fifo),
             bystander_rate: (bystander && application_seconds > 0.0)
                 .then(|| iterations as f64 / application_seconds),
+            application_is_filled: workload.is_some() && plan.fills_idle_pcpus(self.host),
             guest_irqs: Some(queue_interrupts(&guest_before.interrupts, &guest_after.interrupts, ivcpu)?),
             cpu_seconds,
+            timer_interrupts: after
+                .timer_interrupts
+                .iter()
+                .zip(&before.timer_interrupts)
+                .map(|(after, before)| after.saturating_sub(*before))
+                .collect(),
         })
     }
 }

@@ -9,6 +9,9 @@ use crate::pcpu;
 use crate::provision::Kernel;
 use crate::result::{self, Carrier, Mode, Role};
 
+/// Two real cores carry the emulated host's five: while an emulated pCPU waits for one of them, so do entries.
+const PATIENCE: &str = "bound_us=200000";
+
 /// What to bring up.
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
 pub struct Setup {
@@ -28,7 +31,7 @@ pub struct Setup {
     /// The guest module's poll_us: microseconds the IVCPU polls without work before it sleeps [default: the module's]
     #[arg(long)]
     pub ivcpu_poll_us: Option<u64>,
-    /// More suboptions for the backend's --fifo
+    /// More suboptions for the backend's --fifo [default: none; in the emulated host a bound_us=]
     #[arg(long)]
     pub fifo_option: Option<String>,
     /// Show the FIFO region, but start the interrupt service instead of loading the guest module
@@ -99,8 +102,9 @@ impl Setup {
 
     fn backend_config(&self, host: &Host) -> anyhow::Result<BackendConfig> {
         let fifo = self.fifo(host).map(|region| {
-            let more = self.fifo_option.iter().map(|option| format!(",{option}"));
-            format!("path={}{}", region.path.display(), more.collect::<String>())
+            let more = self.fifo_option.as_deref().or(host.is_emulated().then_some(PATIENCE));
+            let more = more.map(|more| format!(",{more}")).unwrap_or_default();
+            format!("path={}{more}", region.path.display())
         });
         Ok(BackendConfig {
             uplink: format!("tap:{TAP}"),
@@ -140,7 +144,7 @@ impl Testbed {
         let fifo = setup.fifo(host);
         if let (Some(region), Vmm::Qemu) = (&fifo, setup.vmm) {
             // Our own VMM makes the region itself.
-            Backend::create_region(host, &region.path)?;
+            Backend::create_region(host, region)?;
         }
         let (kernel, image) = host.guest_files(setup.kernel)?;
         let config = VmConfig {

@@ -13,8 +13,6 @@ const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1";
 const MEMORY: &str = "512M";
 /// How often QEMU looks for a vhost-user backend that is gone, in milliseconds.
 const RECONNECT_MS: u32 = 100;
-/// Size of a FIFO region as it is made by default.
-const FIFO_SIZE: &str = "2M";
 const MAC: &str = "52:54:00:49:56:01";
 
 /// Who runs the guest.
@@ -54,6 +52,17 @@ pub struct FifoRegion {
     pub path: PathBuf,
     /// What shows it.
     pub carrier: Carrier,
+}
+
+impl FifoRegion {
+    /// Size of the file under QEMU. Its firmware keeps an ivshmem function below 4 GiB, in uncached memory, if it fits
+    /// there; this one does not. Of the sparse file only the first pages are used.
+    pub fn qemu_size(&self) -> &'static str {
+        match self.carrier {
+            Carrier::Ivshmem => "2G",
+            Carrier::VirtioPmem => "2M",
+        }
+    }
 }
 
 /// Where application vCPUs run.
@@ -175,13 +184,10 @@ impl VmConfig {
             None => String::new(),
         };
         option("-append", self.command_line() + &isolation);
-        if let Some(FifoRegion { path, carrier }) = &self.fifo {
-            let path = path.display();
-            option(
-                "-object",
-                format!("memory-backend-file,id=fifo,share=on,mem-path={path},size={FIFO_SIZE}"),
-            );
-            let device = match carrier {
+        if let Some(region) = &self.fifo {
+            let (path, size) = (region.path.display(), region.qemu_size());
+            option("-object", format!("memory-backend-file,id=fifo,share=on,mem-path={path},size={size}"));
+            let device = match region.carrier {
                 Carrier::Ivshmem => "ivshmem-plain",
                 Carrier::VirtioPmem => "virtio-pmem-pci",
             };
@@ -299,7 +305,7 @@ mod tests {
         let words = with(Vmm::IvcpuVmm, Carrier::Ivshmem).ivcpu_vmm_words(Path::new("/vmm"));
         assert_eq!(words.last().map(String::as_str), Some("affinity=[3],fifo=/f"));
         let qemu = |carrier| with(Vmm::Qemu, carrier).qemu_words(Path::new("/q"), Path::new("/m")).join(" ");
-        assert!(qemu(Carrier::Ivshmem).contains("mem-path=/f,size=2M -device ivshmem-plain,memdev=fifo"));
+        assert!(qemu(Carrier::Ivshmem).contains("mem-path=/f,size=2G -device ivshmem-plain,memdev=fifo"));
         let pmem = qemu(Carrier::VirtioPmem);
         assert!(pmem.contains("-m 512M,slots=2,maxmem=2G") && pmem.contains("virtio-pmem-pci,memdev=fifo"));
     }
