@@ -5,12 +5,15 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::boot::kernel::KernelOptions;
+use crate::doctor;
 use crate::exits;
 use crate::ivcpu::IvcpuOptions;
 use crate::machine::MachineOptions;
 use crate::memory::MemoryOptions;
 use crate::serial::SerialMode;
 use crate::vcpu::CpusOptions;
+use crate::vfio;
+use crate::vfio::options::DeviceOptions;
 use crate::virtio::net_options::NetOptions;
 
 /// A KVM virtual machine monitor whose guests take every device interrupt on one vCPU of their own, the IVCPU
@@ -31,6 +34,11 @@ pub struct Cli {
 pub enum Command {
     /// Count the exits of a running VM, of this or any other VMM.
     Exits(exits::command::ExitsArgs),
+    /// Say what of this host is ready for an IVCPU, and what to do about the rest.
+    Doctor(doctor::command::DoctorArgs),
+    /// Make PCI functions ready for a VM, give them back, list them.
+    #[command(subcommand)]
+    Vfio(vfio::command::VfioCommand),
 }
 
 /// Run a VM.
@@ -60,6 +68,11 @@ pub struct RunOptions {
     #[arg(long, value_name = "OPTIONS")]
     pub net: Vec<NetOptions>,
 
+    /// PCI function of the host to pass through, once for each: `path=/sys/bus/pci/devices/0000:01:10.0` or just its address.
+    /// It must be bound to vfio-pci; `ivcpu-vmm vfio bind` does that. With --ivcpu its host interrupts go to the IVCPU's pCPU
+    #[arg(long, value_name = "OPTIONS")]
+    pub device: Vec<DeviceOptions>,
+
     /// Serial console: tty, null, off or file=PATH
     #[arg(long, value_name = "MODE", default_value = "tty")]
     pub serial: SerialMode,
@@ -88,6 +101,7 @@ impl From<RunOptions> for MachineOptions {
             cpus: options.cpus,
             ivcpu: options.ivcpu,
             net: options.net,
+            devices: options.device,
             serial: options.serial,
             exits: options.exits,
         }

@@ -2,19 +2,21 @@
 //!
 //! A path says the concept: [`machine`] wires the parts together, [`boot`] plays the firmware, [`vcpu`] is KVM's run loop,
 //! [`pci`] and [`virtio`] are what a guest sees of its devices, [`ivcpu`] and [`pin`] say who runs where, [`fifo`]
-//! and [`ivshmem`] bring the region for exitless completions to the guest.
+//! and [`ivshmem`] bring the region for exitless completions to the guest, [`vfio`] brings the host's own functions.
 
 pub mod affinity;
 pub mod boot;
 pub mod chain;
 pub mod cli;
 pub mod devices;
+pub mod doctor;
 pub mod events;
 pub mod exits;
 pub mod fifo;
 pub mod gsi;
 pub mod ivcpu;
 pub mod ivshmem;
+pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod pci;
@@ -27,4 +29,5 @@ pub mod slot;
 pub mod suboption;
 pub mod terminal;
 pub mod vcpu;
+pub mod vfio;
 pub mod virtio;

@@ -6,12 +6,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::VmFd;
 use nix::sys::signalfd::SignalFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::affinity::refresh::Refresh;
-use crate::affinity::{self, HostIrqs};
+use crate::affinity::{self, HostIrqs, IrqSource};
 use crate::boot::{acpi, cpuid, kernel, mtrr, registers, reset_vector};
 use crate::chain::Chain;
 use crate::devices::Devices;
@@ -20,7 +20,8 @@ use crate::fifo::{self, Fifo};
 use crate::gsi::{self, KvmRouter, MessageRouter};
 use crate::ivcpu::{self, IvcpuOptions};
 use crate::ivshmem::{self, Ivshmem};
-use crate::memory::{self, GuestMemory, MemoryOptions};
+use crate::kvm;
+use crate::memory::{self, FreeSlots, GuestMemory, MemoryOptions};
 use crate::pci::bus::{self, Bus};
 use crate::pci::window::{self, Window};
 use crate::pin;
@@ -31,6 +32,10 @@ use crate::signals::{self, EndWatch};
 use crate::slot::KvmSlot;
 use crate::terminal::RawMode;
 use crate::vcpu::{self, CpusOptions, Running, Vcpu};
+use crate::vfio::attach::{self, attach};
+use crate::vfio::function::Windows;
+use crate::vfio::options::DeviceOptions;
+use crate::vfio::sysfs::Sysfs;
 use crate::virtio::net_options::NetOptions;
 use crate::virtio::session;
 use crate::virtio::transport::{self, KickRouter, Transport, Wiring};
@@ -53,6 +58,8 @@ pub struct MachineOptions {
     pub ivcpu: Option<IvcpuOptions>,
     /// Network devices.
     pub net: Vec<NetOptions>,
+    /// The host's PCI functions that are passed through.
+    pub devices: Vec<DeviceOptions>,
     /// The serial port.
     pub serial: SerialMode,
     /// Whether and how the VM's exits are counted and printed when it ends.
@@ -62,22 +69,9 @@ pub struct MachineOptions {
 /// What can go wrong before a VM runs.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// /dev/kvm could not be opened.
-    #[error("cannot open /dev/kvm; {advice}")]
-    OpenKvm {
-        /// KVM's error.
-        source: kvm_ioctls::Error,
-        /// What to do.
-        advice: &'static str,
-    },
-    /// A step of the VM's making that KVM refused.
-    #[error("KVM refuses {step}")]
-    Kvm {
-        /// Which.
-        step: &'static str,
-        /// KVM's error.
-        source: kvm_ioctls::Error,
-    },
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
     /// The boot files.
     #[error(transparent)]
     Kernel(#[from] kernel::Error),
@@ -117,6 +111,9 @@ pub enum Error {
     /// No place for a BAR.
     #[error(transparent)]
     Window(#[from] window::Full),
+    /// A passed-through function.
+    #[error(transparent)]
+    Attach(#[from] attach::Error),
     /// The FIFO region.
     #[error(transparent)]
     Fifo(#[from] fifo::Error),
@@ -157,6 +154,8 @@ pub struct Machine {
     exits: Option<exits::lifetime::Format>,
     /// The host's interrupts that were moved; restored when this is dropped.
     host_irqs: Option<HostIrqs>,
+    /// Written when passed-through functions get other interrupts of the host.
+    interrupts_changed: EventFd,
     _vm: Arc<VmFd>,
     _memory: GuestMemory,
     _fifo: Option<Fifo>,
@@ -172,13 +171,14 @@ impl Machine {
         if let Err(error) = affinity::recover() {
             tracing::warn!("host interrupts that a killed run moved stay there: {}", Chain(&error));
         }
+        let functions = attach::check(&Sysfs::default(), &options.devices)?;
         // Before any backend is connected to: it looks for the region when its session starts.
         let fifo_options = options.ivcpu.as_ref().and_then(|ivcpu| ivcpu.fifo.as_ref());
         let fifo = fifo_options.map(Fifo::open).transpose()?;
         let boot_files = options.kernel.open().map_err(kernel::Error::from)?;
         pin::keep_off(&placement.taken())?;
-        let kvm = open_kvm()?;
-        let vm = Arc::new(create_vm(&kvm)?);
+        let kvm = kvm::open()?;
+        let vm = Arc::new(kvm::create_vm(&kvm)?);
         let memory = memory::allocate(&options.memory)?;
         memory::register(&vm, &memory)?;
 
@@ -197,7 +197,7 @@ impl Machine {
 
         let serial = serial::Port::new(&options.serial)?;
         if let Some(port) = &serial {
-            vm.register_irqfd(port.interrupt(), serial::GSI).map_err(kvm_error("the serial interrupt"))?;
+            vm.register_irqfd(port.interrupt(), serial::GSI).map_err(kvm::refused("the serial interrupt"))?;
         }
         let wiring = Wiring {
             memory: memory.clone(),
@@ -209,11 +209,24 @@ impl Machine {
         }
         let mut pci = Bus::default();
         let mut window = Window::new(pci_window_64);
+        let mut slots = FreeSlots::beside(&memory);
+        let interrupts_changed =
+            EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(system("make an eventfd"))?;
         let net = add_net(&mut pci, &wiring, &options.net, &mut window)?;
         if let Some(fifo) = &fifo {
-            let slot = KvmSlot::new(Arc::clone(&vm), memory::free_slot(&memory), fifo.mapping());
+            let slot = KvmSlot::new(Arc::clone(&vm), slots.take(), fifo.mapping());
             add_fifo(&mut pci, fifo, slot, &mut window)?;
         }
+        let mut window_32 = Window::new(memory::PCI_WINDOW_32);
+        let passthrough = attach::Wiring {
+            vm: &vm,
+            memory: &memory,
+            messages: &wiring.messages,
+            windows: Windows { below_4_gib: &mut window_32, above_4_gib: &mut window },
+            slots: &mut slots,
+            changed: &interrupts_changed,
+        };
+        attach(&mut pci, functions, passthrough)?;
         let devices = Arc::new(Devices { serial, pci });
 
         let mut vcpus = Vec::new();
@@ -228,7 +241,8 @@ impl Machine {
             end: Arc::new(EndSignal::new().map_err(system("make an eventfd"))?),
             interactive: options.serial == SerialMode::Tty,
             exits: options.exits,
-            host_irqs: move_host_irqs(options.ivcpu.as_ref())?,
+            host_irqs: move_host_irqs(options)?,
+            interrupts_changed,
             _vm: vm,
             _memory: memory,
             _fifo: fifo,
@@ -259,7 +273,7 @@ impl Machine {
         }
 
         if let Some(irqs) = self.host_irqs.take() {
-            let refresh = Refresh::new(irqs)
+            let refresh = Refresh::new(irqs, self.interrupts_changed)
                 .map_err(system("make the timer that looks after the host's interrupts"))?;
             events.add_subscriber(Box::new(refresh));
         }
@@ -317,29 +331,6 @@ fn stop(running: Vec<Running>) -> bool {
     left_behind == 0
 }
 
-fn open_kvm() -> Result<Kvm, Error> {
-    Kvm::new().map_err(|source| Error::OpenKvm {
-        source,
-        advice: match source.errno() {
-            libc::EACCES | libc::EPERM => "run as a user who may, such as a member of the group kvm",
-            libc::ENOENT | libc::ENODEV | libc::ENXIO => {
-                "load kvm_intel or kvm_amd, and switch virtualization on in the firmware (or in the outer VM)"
-            }
-            _ => "see `dmesg | grep kvm`",
-        },
-    })
-}
-
-fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
-    let vm = kvm.create_vm().map_err(kvm_error("a new VM"))?;
-    vm.set_identity_map_address(memory::KVM_IDENTITY_MAP).map_err(kvm_error("the identity map address"))?;
-    vm.set_tss_address(memory::KVM_TSS as usize).map_err(kvm_error("the task state address"))?;
-    vm.create_irq_chip().map_err(kvm_error("the interrupt controllers"))?;
-    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-    vm.create_pit2(pit).map_err(kvm_error("the interval timer"))?;
-    Ok(vm)
-}
-
 /// Puts the network devices on the bus.
 fn add_net(
     bus: &mut Bus,
@@ -366,11 +357,12 @@ fn add_fifo(bus: &mut Bus, fifo: &Fifo, slot: KvmSlot, window: &mut Window) -> R
 }
 
 /// Moves the host interrupts of the VM's devices to the IVCPU's pCPU.
-fn move_host_irqs(ivcpu: Option<&IvcpuOptions>) -> Result<Option<HostIrqs>, Error> {
-    match ivcpu.and_then(|ivcpu| Some((ivcpu.interrupt_pcpu()?, ivcpu.host_irqs.clone()))) {
-        Some((pcpu, sources)) => Ok(Some(HostIrqs::move_to(pcpu, sources)?)),
-        None => Ok(None),
-    }
+fn move_host_irqs(options: &MachineOptions) -> Result<Option<HostIrqs>, Error> {
+    let Some(ivcpu) = &options.ivcpu else { return Ok(None) };
+    let Some(pcpu) = ivcpu.interrupt_pcpu() else { return Ok(None) };
+    let of_devices = options.devices.iter().map(|device| IrqSource::PciDevice(device.address.to_string()));
+    let sources = ivcpu.host_irqs.iter().cloned().chain(of_devices).collect();
+    Ok(Some(HostIrqs::move_to(pcpu, sources)?))
 }
 
 fn create_vcpu(
@@ -381,18 +373,14 @@ fn create_vcpu(
     entry: u64,
 ) -> Result<Vcpu, Error> {
     let VcpuThread { number, name, affinity } = thread;
-    let fd = vm.create_vcpu(u64::from(number)).map_err(kvm_error("a new vCPU"))?;
-    fd.set_cpuid2(&template.for_vcpu(number)?).map_err(kvm_error("the CPUID of a vCPU"))?;
+    let fd = vm.create_vcpu(u64::from(number)).map_err(kvm::refused("a new vCPU"))?;
+    fd.set_cpuid2(&template.for_vcpu(number)?).map_err(kvm::refused("the CPUID of a vCPU"))?;
     mtrr::set_up(&fd)?;
     registers::set_up_local_apic(&fd)?;
     if number == 0 {
         registers::set_up_first(&fd, memory, entry)?;
     }
     Ok(Vcpu { number, name, fd, affinity })
-}
-
-fn kvm_error(step: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
-    move |source| Error::Kvm { step, source }
 }
 
 fn system(step: &'static str) -> impl Fn(io::Error) -> Error {

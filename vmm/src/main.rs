@@ -7,12 +7,18 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use ivcpu_vmm::chain::Chain;
 use ivcpu_vmm::cli::{Cli, Command};
+use ivcpu_vmm::doctor;
 use ivcpu_vmm::exits;
 use ivcpu_vmm::machine::Machine;
+use ivcpu_vmm::vfio;
 use tracing_subscriber::EnvFilter;
 
+/// What is logged unless IVCPU_LOG says otherwise. vfio-ioctls warns of interrupts a function merely does not have, and of
+/// accesses that a guest can repeat as often as it likes.
+const DEFAULT_LOG: &str = "warn,vfio_ioctls=error";
+
 fn main() -> ExitCode {
-    let filter = EnvFilter::try_from_env("IVCPU_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    let filter = EnvFilter::try_from_env("IVCPU_LOG").unwrap_or_else(|_| EnvFilter::new(DEFAULT_LOG));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -28,6 +34,14 @@ fn main() -> ExitCode {
         (Some(Command::Exits(args)), _) => match exits::command::run(&args) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => failed(format_args!("{error:#}")),
+        },
+        (Some(Command::Doctor(args)), _) => match doctor::command::run(&args) {
+            Ok(ready) => ExitCode::from(u8::from(!ready)),
+            Err(error) => failed(error),
+        },
+        (Some(Command::Vfio(command)), _) => match vfio::command::run(&command) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => failed(Chain(&error)),
         },
         (None, Some(run)) => match Machine::new(&run.into()).and_then(Machine::run) {
             Ok(ending) => {

@@ -215,9 +215,21 @@ pub fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
     Ok(())
 }
 
-/// The lowest slot number that [`register`] leaves free.
-pub fn free_slot(memory: &GuestMemory) -> u32 {
-    memory.num_regions() as u32
+/// Numbers of memory slots that nobody has yet.
+#[derive(Debug)]
+pub struct FreeSlots(u32);
+
+impl FreeSlots {
+    /// Those that [`register`] leaves free.
+    pub fn beside(memory: &GuestMemory) -> Self {
+        Self(memory.num_regions() as u32)
+    }
+
+    /// One of them. KVM refuses the slot when there are more than it has.
+    pub fn take(&mut self) -> u32 {
+        self.0 += 1;
+        self.0 - 1
+    }
 }
 
 /// The 64-bit window of the PCI host bridge, inclusive start and exclusive end: above RAM, and within the

@@ -12,6 +12,28 @@ pub trait Slot: Send {
     fn place(&mut self, address: Option<u64>) -> Result<(), kvm_ioctls::Error>;
 }
 
+/// Memory that a slot can show.
+///
+/// # Safety
+/// From `address` on, `size` bytes are mapped in this process until the value is dropped.
+pub unsafe trait HostMemory: Send + Sync {
+    /// Where it is in this process.
+    fn address(&self) -> u64;
+    /// Bytes, whole pages.
+    fn size(&self) -> usize;
+}
+
+// SAFETY: a region owns its mapping and unmaps it when it is dropped.
+unsafe impl HostMemory for MmapRegion {
+    fn address(&self) -> u64 {
+        self.as_ptr() as u64
+    }
+
+    fn size(&self) -> usize {
+        MmapRegion::size(self)
+    }
+}
+
 /// A slot of KVM.
 ///
 /// It is no RAM: guest memory as the devices and vhost-user backends have it does not include it, so no virtqueue and
@@ -19,13 +41,13 @@ pub trait Slot: Send {
 pub struct KvmSlot {
     vm: Arc<VmFd>,
     number: u32,
-    memory: Arc<MmapRegion>,
+    memory: Arc<dyn HostMemory>,
     placed: bool,
 }
 
 impl KvmSlot {
     /// A slot under a number that no other slot of the VM has; placed nowhere yet.
-    pub fn new(vm: Arc<VmFd>, number: u32, memory: Arc<MmapRegion>) -> Self {
+    pub fn new(vm: Arc<VmFd>, number: u32, memory: Arc<dyn HostMemory>) -> Self {
         Self { vm, number, memory, placed: false }
     }
 
@@ -35,7 +57,7 @@ impl KvmSlot {
             flags: 0,
             guest_phys_addr: address,
             memory_size: size as u64,
-            userspace_addr: self.memory.as_ptr() as u64,
+            userspace_addr: self.memory.address(),
         };
         // SAFETY: the slot is removed (size 0), or describes the live mapping that `self` keeps; `drop` removes it
         // before that one goes. KVM refuses an address where another slot is, so guest memory stays what it is.

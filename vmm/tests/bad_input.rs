@@ -62,9 +62,23 @@ fn options_that_are_not_understood() {
         (&["--kernel", "x", "--memory", "size=lots"], "such as 512M"),
         (&["--kernel", "x", "--net", "tap=tap0"], "unknown sub-option `tap`"),
         (&["--kernel", "x", "--ivcpu", "affinity=[0],fast=on"], "unknown sub-option `fast`"),
+        (&["--kernel", "x", "--device", "eth0"], "`eth0` is not the address of a PCI function"),
+        (&["--kernel", "x", "--device", "path=01:10.0,iommu=on"], "unknown sub-option `iommu`"),
+        (&["vfio", "bind", "01:10"], "`01:10` is not the address of a PCI function"),
+        (&["vfio", "bind", "01:10.0", "--mac", "1"], "such as 52:54:00:12:34:56"),
+        (&["doctor", "--fast"], "--fast"),
         (&["--kernel", "x", "stray"], "stray"),
     ] {
         assert_says(&refused(words), expected);
+    }
+}
+
+#[test]
+fn functions_that_are_not_there() {
+    // The last function of the last bus.
+    let nowhere = "0000:ff:1f.7";
+    for words in [&["--kernel", "x", "--device", nowhere][..], &["vfio", "bind", nowhere]] {
+        assert_says(&refused(words), "the host has no PCI function 0000:ff:1f.7");
     }
 }
 

@@ -1,6 +1,7 @@
 use std::os::unix::fs::symlink;
 
 use event_manager::{EventManager, SubscriberOps};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 
@@ -116,10 +117,18 @@ fn an_interrupt_that_appears_later_is_moved_by_an_update() {
 fn the_event_loop_looks_again() {
     let host = Host::new();
     let mut events = EventManager::new().unwrap();
-    events.add_subscriber(refresh::Refresh::new(host.move_to(3, FUNCTION).unwrap()).unwrap());
+    let changed = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    let irqs = host.move_to(3, FUNCTION).unwrap();
+    events.add_subscriber(refresh::Refresh::new(irqs, changed.try_clone().unwrap()).unwrap());
     host.set(24, "0-3"); // a balancer at work
     assert_eq!(events.run_with_timeout(10_000).unwrap(), 1);
     assert_eq!(host.affinities(), ["3", "3", "0-3"]);
+    let before = std::time::Instant::now();
+    host.set(25, "0-3"); // the function got this interrupt just now
+    changed.write(1).unwrap();
+    assert_eq!(events.run_with_timeout(10_000).unwrap(), 1);
+    assert_eq!(host.affinities(), ["3", "3", "0-3"]);
+    assert!(before.elapsed() < refresh::PERIOD, "at once");
     drop(events);
     assert_eq!(host.affinities(), ["0-3", "1", "0-3"]);
 }

@@ -12,7 +12,15 @@ const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
 const BAR_0: usize = 0x10;
 const SUBSYSTEM_VENDOR: usize = 0x2c;
+/// Where the expansion ROM's BAR is.
+const ROM: usize = 0x30;
 const CAPABILITIES_POINTER: usize = 0x34;
+const INTERRUPT_LINE: usize = 0x3c;
+const INTERRUPT_PIN: usize = 0x3d;
+const HEADER_TYPE: usize = 0x0e;
+const HEADER_TYPE_MULTI_FUNCTION: u8 = 1 << 7;
+/// Most capabilities that fit.
+const MOST_CAPABILITIES: usize = (SIZE - FIRST_CAPABILITY) / 4;
 const FIRST_CAPABILITY: usize = 0x40;
 
 const COMMAND_MEMORY: u8 = 1 << 1;
@@ -38,9 +46,19 @@ pub struct Identity {
     pub subsystem: u16,
 }
 
+/// How a memory BAR decodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BarKind {
+    /// 64 bits of address, in two registers.
+    pub is_64_bit: bool,
+    /// Reads have no side effects.
+    pub prefetchable: bool,
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Bar {
     index: usize,
+    kind: BarKind,
     size: u64,
 }
 
@@ -83,20 +101,68 @@ impl ConfigSpace {
         space.set(SUBSYSTEM_VENDOR + 2, &identity.subsystem.to_le_bytes());
         space.writable[COMMAND..COMMAND + 2].copy_from_slice(&COMMAND_WRITABLE.to_le_bytes());
         // The interrupt line register is a notepad for the guest.
-        space.writable[0x3c] = 0xff;
+        space.writable[INTERRUPT_LINE] = 0xff;
         space
+    }
+
+    /// A function that looks like another one: its identity and capabilities, but no BAR, ROM and interrupt pin, and alone in
+    /// its slot. Of it the guest may change what it may of a new one.
+    pub fn like(bytes: &[u8; SIZE]) -> Self {
+        let mut space = Self::new(Identity::default());
+        space.bytes = *bytes;
+        space.bytes[COMMAND..COMMAND + 2].fill(0);
+        space.bytes[BAR_0..BAR_0 + 4 * BARS].fill(0);
+        space.bytes[ROM..ROM + 4].fill(0);
+        space.bytes[INTERRUPT_PIN] = 0;
+        space.bytes[HEADER_TYPE] &= !HEADER_TYPE_MULTI_FUNCTION;
+        space
+    }
+
+    /// Where the capability with this id begins.
+    pub fn find_capability(&self, id: u8) -> Option<usize> {
+        if self.word(STATUS) & STATUS_CAPABILITIES == 0 {
+            return None;
+        }
+        let mut at = CAPABILITIES_POINTER;
+        for _ in 0..MOST_CAPABILITIES {
+            at = usize::from(self.bytes[at] & !3);
+            if at < FIRST_CAPABILITY {
+                return None;
+            }
+            if self.bytes[at] == id {
+                return Some(at);
+            }
+            at += 1;
+        }
+        None
+    }
+
+    /// Lets the guest change these bits from `offset` on, and no others there.
+    pub fn allow(&mut self, offset: usize, writable: &[u8]) {
+        self.writable[offset..offset + writable.len()].copy_from_slice(writable);
     }
 
     /// Adds a 64-bit prefetchable memory BAR of `size` bytes (a power of two) at `address`, in registers `index` and
     /// `index + 1`. Configuration by the VMM's own code: a wrong index or size is a bug there.
     pub fn add_bar(&mut self, index: usize, size: u64, address: u64) {
-        assert!(index + 1 < BARS && size.is_power_of_two() && size >= 16 && address.is_multiple_of(size));
+        self.add_bar_of_kind(index, BarKind { is_64_bit: true, prefetchable: true }, size, address);
+    }
+
+    /// The same, of any kind.
+    pub fn add_bar_of_kind(&mut self, index: usize, kind: BarKind, size: u64, address: u64) {
+        let registers = if kind.is_64_bit { 2 } else { 1 };
+        assert!(
+            index + registers <= BARS && size.is_power_of_two() && size >= 16 && address.is_multiple_of(size)
+        );
         let offset = BAR_0 + 4 * index;
-        let mask = !(size - 1);
-        self.writable[offset..offset + 8].copy_from_slice(&mask.to_le_bytes());
-        let value = address | u64::from(BAR_64_BIT | BAR_PREFETCHABLE);
-        self.set(offset, &value.to_le_bytes());
-        self.bars.push(Bar { index, size });
+        let mut value = address | if kind.prefetchable { u64::from(BAR_PREFETCHABLE) } else { 0 };
+        if kind.is_64_bit {
+            value |= u64::from(BAR_64_BIT);
+        }
+        self.writable[offset..offset + 4 * registers]
+            .copy_from_slice(&(!(size - 1)).to_le_bytes()[..4 * registers]);
+        self.set(offset, &value.to_le_bytes()[..4 * registers]);
+        self.bars.push(Bar { index, kind, size });
     }
 
     /// Appends a capability with this id and body (what follows id and link) and returns where it begins. `writable` are the bits
@@ -149,7 +215,8 @@ impl ConfigSpace {
         }
         let mapping = |bar: &Bar| {
             let mut bytes = [0; 8];
-            self.read(BAR_0 + 4 * bar.index, &mut bytes);
+            let registers = if bar.kind.is_64_bit { 8 } else { 4 };
+            self.read(BAR_0 + 4 * bar.index, &mut bytes[..registers]);
             let start = u64::from_le_bytes(bytes) & !(bar.size - 1);
             // A BAR at zero or past the end of the address space decodes nothing.
             (start != 0 && start.checked_add(bar.size).is_some()).then_some(Mapping {
@@ -206,6 +273,37 @@ mod tests {
         space.write(0x10, &0xffff_8000u32.to_le_bytes());
         space.write(0x14, &0xffff_ffffu32.to_le_bytes());
         assert!(space.mappings().is_empty(), "would wrap");
+    }
+
+    #[test]
+    fn a_32_bit_bar_leaves_the_next_register_alone() {
+        let mut space = function();
+        space.add_bar_of_kind(2, BarKind { is_64_bit: false, prefetchable: false }, 0x1000, 0xc000_0000);
+        space.write(0x18, &[0xff; 8]);
+        assert_eq!((dword(&space, 0x18), dword(&space, 0x1c)), (0xffff_f000, 0));
+        space.write(0x18, &0xd000_0000u32.to_le_bytes());
+        space.write(COMMAND, &[2, 0]);
+        assert_eq!(space.mappings()[1], Mapping { bar: 2, start: 0xd000_0000, size: 0x1000 });
+    }
+
+    #[test]
+    fn a_lookalike_has_the_capabilities_and_neither_bars_nor_pin() {
+        let mut bytes = function().bytes;
+        bytes[HEADER_TYPE] = 0x80;
+        bytes[INTERRUPT_PIN] = 1;
+        let space = ConfigSpace::like(&bytes);
+        assert_eq!((dword(&space, 0), dword(&space, 0x10)), (0x1041_1af4, 0));
+        assert_eq!((space.bytes[HEADER_TYPE], space.bytes[INTERRUPT_PIN]), (0, 0));
+        assert_eq!([0x11, 0x09, 0x05].map(|id| space.find_capability(id)), [Some(0x40), Some(0x4c), None]);
+    }
+
+    #[test]
+    fn a_list_of_capabilities_that_goes_round_ends() {
+        let mut space = function();
+        space.set(0x4d, &[0x40]);
+        assert_eq!(space.find_capability(0x05), None);
+        space.set(0x4d, &[0xff]);
+        assert_eq!(space.find_capability(0x05), None);
     }
 
     #[test]

@@ -1,16 +1,10 @@
-//! MSI-X of one function: the table and pending bits the guest sees, and the eventfd behind each vector.
-//!
-//! While a vector is unmasked its eventfd is tied to a GSI, and whoever writes it interrupts the guest directly. While it is
-//! masked the tie is cut: a write then stays in the eventfd, and that *is* the pending bit. Tying it again delivers what
-//! stayed, because KVM looks at the eventfd when it takes it. So nothing is lost and nothing is emulated.
+//! MSI-X of one function: the table and pending bits the guest sees, and the [`Line`] behind each vector.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::chain::Chain;
+use super::line::Line;
 use crate::gsi::{Error, Message, MessageRouter};
 
 /// Capability id of MSI-X.
@@ -28,9 +22,7 @@ const ENTRY_MASKED: u32 = 1;
 struct Vector {
     message: Message,
     control: u32,
-    gsi: u32,
-    event: EventFd,
-    connected: bool,
+    line: Line,
 }
 
 /// The MSI-X state of a function.
@@ -44,9 +36,8 @@ impl Msix {
     /// A table of `count` vectors, all masked.
     pub fn new(router: Arc<dyn MessageRouter>, count: u16) -> Result<Self, Error> {
         let vector = |_| {
-            let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::EventFd)?;
-            let (message, gsi) = (Message::default(), router.allocate()?);
-            Ok(Vector { message, control: ENTRY_MASKED, gsi, event, connected: false })
+            let line = Line::new(&*router)?;
+            Ok(Vector { message: Message::default(), control: ENTRY_MASKED, line })
         };
         let vectors = (0..count).map(vector).collect::<Result<_, Error>>()?;
         Ok(Self { router, vectors, control: 0 })
@@ -74,7 +65,23 @@ impl Msix {
 
     /// The eventfd whose writes interrupt the guest through this vector.
     pub fn event(&self, vector: u16) -> Option<&EventFd> {
-        self.vectors.get(usize::from(vector)).map(|vector| &vector.event)
+        self.vectors.get(usize::from(vector)).map(|vector| vector.line.event())
+    }
+
+    /// Whether the guest has switched MSI-X on.
+    pub fn is_enabled(&self) -> bool {
+        self.control & CONTROL_ENABLE != 0
+    }
+
+    /// Whether vectors reach the guest at all: MSI-X is on, and the function is not masked as a whole.
+    pub fn delivers(&self) -> bool {
+        self.is_enabled() && self.control & CONTROL_FUNCTION_MASK == 0
+    }
+
+    /// How many vectors, from the first on, cover every one the guest has given a message or unmasked.
+    pub fn in_use(&self) -> u16 {
+        let used = |vector: &Vector| vector.message.address != 0 || vector.control & ENTRY_MASKED == 0;
+        self.vectors.iter().rposition(used).map_or(0, |last| last as u16 + 1)
     }
 
     /// The guest wrote the message control word.
@@ -118,10 +125,8 @@ impl Msix {
         for (index, byte) in data.iter_mut().enumerate() {
             let first = (offset as usize).saturating_add(index).saturating_mul(8);
             *byte = (0..8).fold(0, |bits, bit| {
-                let pending = self
-                    .vectors
-                    .get(first.saturating_add(bit))
-                    .is_some_and(|vector| !vector.connected && is_readable(&vector.event));
+                let vector = self.vectors.get(first.saturating_add(bit));
+                let pending = vector.is_some_and(|vector| vector.line.is_pending());
                 bits | (u8::from(pending) << bit)
             });
         }
@@ -134,23 +139,12 @@ impl Msix {
         allowed.then_some((index, at as usize / 4))
     }
 
-    /// Ties or cuts one vector so that it matches what the guest wrote. If KVM refuses, the vector stays cut and its
-    /// interrupts stay pending; a message no local APIC would understand cannot do more harm than that.
+    /// Ties or cuts one vector so that it matches what the guest wrote.
     fn apply(&mut self, index: usize) {
-        let enabled = self.control & CONTROL_ENABLE != 0 && self.control & CONTROL_FUNCTION_MASK == 0;
+        let on = self.delivers();
         let vector = &mut self.vectors[index];
-        let wanted = enabled && vector.control & ENTRY_MASKED == 0;
-        let result = match (wanted, vector.connected) {
-            (true, connected) => self.router.route(vector.gsi, vector.message).and_then(|()| {
-                if connected { Ok(()) } else { self.router.connect(vector.gsi, &vector.event) }
-            }),
-            (false, true) => self.router.disconnect(vector.gsi, &vector.event),
-            (false, false) => Ok(()),
-        };
-        match result {
-            Ok(()) => vector.connected = wanted,
-            Err(error) => tracing::info!("MSI-X vector {index}: {}", Chain(&error)),
-        }
+        let unmasked = on && vector.control & ENTRY_MASKED == 0;
+        vector.line.point(&*self.router, unmasked.then_some(vector.message));
     }
 }
 
@@ -158,14 +152,6 @@ impl Vector {
     fn words(&self) -> [u32; 4] {
         [self.message.address as u32, (self.message.address >> 32) as u32, self.message.data, self.control]
     }
-}
-
-/// Whether the eventfd was written and not yet read, without reading it.
-fn is_readable(event: &EventFd) -> bool {
-    // SAFETY: the descriptor is open for as long as `event` is borrowed, which is longer than the borrow made here lives.
-    let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
-    let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
-    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
 #[cfg(test)]

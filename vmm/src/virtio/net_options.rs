@@ -1,5 +1,6 @@
 //! The words of `--net`.
 
+use std::fmt;
 use std::io::{self, Read};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -68,6 +69,20 @@ impl Mac {
         bytes[0] = (bytes[0] & 0xfc) | 0x02;
         Ok(Self(bytes))
     }
+
+    /// The address this many further on; the three bytes of the vendor stay.
+    pub fn offset(self, by: u32) -> Self {
+        let [a, b, c, d, e, f] = self.0;
+        let [_, d, e, f] = u32::from_be_bytes([0, d, e, f]).wrapping_add(by).to_be_bytes();
+        Self([a, b, c, d, e, f])
+    }
+}
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
 }
 
 impl FromStr for Mac {
@@ -90,6 +105,13 @@ impl FromStr for Mac {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn addresses_that_follow_keep_the_vendor() {
+        let mac: Mac = "52:54:00:ff:ff:fe".parse().unwrap();
+        assert_eq!(mac.offset(1).to_string(), "52:54:00:ff:ff:ff");
+        assert_eq!(mac.offset(3).to_string(), "52:54:00:00:00:01");
+    }
 
     #[test]
     fn options_are_cloud_hypervisors_words() {
