@@ -28,7 +28,7 @@ enum Command {
         #[arg(long, value_delimiter = ',', default_value = "6.12")]
         kernels: Vec<Kernel>,
     },
-    /// Measure stock interrupts, the IVCPU and stock QEMU side by side, and print the paper's Table 1
+    /// Measure stock interrupts, the IVCPU by interrupts and by FIFO, and stock rivals, and print the paper's Table 1
     Compare(CompareOptions),
     /// A terminal in the emulated host, or one command there with its exit status
     Shell {

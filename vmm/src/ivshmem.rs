@@ -51,7 +51,8 @@ impl<S: Slot> Ivshmem<S> {
         self.address = address;
         // The guest can put it where RAM is, or beyond its address width: then nobody answers there.
         if let Err(error) = self.slot.place(address) {
-            tracing::info!("the FIFO region cannot be at the address {address:#x?} the guest chose: {error}");
+            // Not for every log: the guest can have it written as often as it likes.
+            tracing::debug!("the FIFO region cannot be at the address {address:#x?} the guest chose: {error}");
         }
     }
 }

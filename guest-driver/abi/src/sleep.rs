@@ -9,6 +9,7 @@
 //! | slot, [`Fence::Pushed`], state    | state, [`Fence::Leaving`], slot      | the `call` that wakes     |
 //! | summary, [`Fence::Raised`], state | state, [`Fence::Leaving`], summary   | the same, in a cold ring  |
 //! | slot, [`Fence::Pushed`], summary  | summary, [`Fence::Cooled`], slot     | the ring goes unseen      |
+//! | slot, [`Fence::Pushed`], state    | "absent", [`Fence::Leaving`], pending | the completion            |
 
 use core::sync::atomic::Ordering;
 
