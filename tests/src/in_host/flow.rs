@@ -48,13 +48,13 @@ pub fn wait_for_more(testbed: &mut Testbed, wire_end: &End) -> anyhow::Result<()
     }
 }
 
-/// Kills the backend a few times in the midst of a stream into the guest and starts it again: the same connection
+/// Kills the backend twice in the midst of a stream into the guest and starts it again: the same connection
 /// must carry on each time.
 pub fn survive_killed_backends(testbed: &mut Testbed, host: &Host) -> anyhow::Result<()> {
     let traffic = Traffic::new(Workload::TcpIn);
     let wire_end = testbed.wire.listen(traffic)?;
     testbed.vm.start_traffic(traffic)?;
-    for _ in 0..3 {
+    for _ in 0..2 {
         wait_for_more(testbed, &wire_end)?;
         testbed.kill_backend()?;
         sleep(Duration::from_millis(500));
