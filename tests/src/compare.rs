@@ -42,6 +42,9 @@ pub struct CompareOptions {
     /// Windows of each case, and alternations of the side-by-side pair
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
     pub windows: u16,
+    /// Only these modes
+    #[arg(long, value_delimiter = ',')]
+    pub modes: Vec<Mode>,
     /// The guest's kernel
     #[arg(long, default_value = "6.12")]
     pub kernel: Kernel,
@@ -142,6 +145,7 @@ fn plans(options: &CompareOptions) -> Vec<Plan> {
     let paper = Setup { layout: Layout::Paper, poll_us: Some("50".into()), ..without_pv_eoi };
     plans.push(plan(&Setup { mode: Mode::Stock, ..paper.clone() }, &STREAMS, options.windows));
     plans.push(plan(&paper, &STREAMS, options.windows));
+    plans.retain(|plan| options.modes.is_empty() || options.modes.contains(&plan.setup.mode));
     plans
 }
 
@@ -370,7 +374,14 @@ mod tests {
     use crate::figures::Window;
 
     fn options() -> CompareOptions {
-        CompareOptions { json: None, seconds: 1.0, windows: 3, kernel: Kernel::V6_12, native: false }
+        CompareOptions {
+            json: None,
+            seconds: 1.0,
+            windows: 3,
+            modes: vec![],
+            kernel: Kernel::V6_12,
+            native: false,
+        }
     }
 
     fn measured(plan: &Plan, bytes: u64) -> Measured {
@@ -399,6 +410,13 @@ mod tests {
         let repeats = |case: &CaseResult| case.figures.repeats == Some(3);
         assert!(file.cases.iter().all(repeats), "{file:?}");
         assert_eq!(file.ratios.len(), 12);
+    }
+
+    #[test]
+    fn only_the_modes_asked_for_are_measured() {
+        let modes = vec![Mode::Fifo];
+        let plans = plans(&CompareOptions { modes, ..options() });
+        assert!(!plans.is_empty() && plans.iter().all(|plan| plan.setup.mode == Mode::Fifo));
     }
 
     #[test]
