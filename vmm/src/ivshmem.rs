@@ -52,7 +52,9 @@ impl<S: Slot> Ivshmem<S> {
         // The guest can put it where RAM is, or beyond its address width: then nobody answers there.
         if let Err(error) = self.slot.place(address) {
             // Not for every log: the guest can have it written as often as it likes.
-            tracing::debug!("the FIFO region cannot be at the address {address:#x?} the guest chose: {error}");
+            tracing::debug!(
+                "the FIFO region cannot be at the address {address:#x?} the guest chose: {error}"
+            );
         }
     }
 }
