@@ -101,12 +101,12 @@ fn without_entries_only_late_signals_deliver() -> Result<()> {
         let interrupts = testbed.vm.interrupts()?;
         move_both_ways(&mut testbed, 1, 2)?;
         let stats = testbed.backend.as_ref().context("the backend")?.stats()?;
-        let late: u64 = stats.queues.iter().map(|queue| queue.fallbacks).sum();
+        let late = stats.total(|queue| queue.fallbacks);
         let after = module_counters(&mut testbed.vm)?;
         let irqs = queue_interrupts(&interrupts, &testbed.vm.interrupts()?, testbed.ivcpu())?;
         println!("{stats:?}\n{before:?}\n{after:?}\n{irqs:?}");
         ensure!(late > 100 && irqs.ivcpu.unwrap_or(0) > 100, "{late} late signals, {irqs:?}");
-        let written: u64 = stats.queues.iter().map(|queue| queue.fifo_entries).sum();
+        let written = stats.total(|queue| queue.fifo_entries);
         ensure!(
             written == 0 && after.entries == before.entries,
             "entries all the same: {written}, {after:?}"
@@ -233,7 +233,7 @@ fn an_ivcpu_that_does_not_run_costs_a_pause_but_no_connection() -> Result<()> {
         wait_for_more(&mut testbed, &wire_end)?;
         let late = |testbed: &Testbed| -> Result<u64> {
             let stats = testbed.backend.as_ref().context("the backend")?.stats()?;
-            Ok(stats.queues.iter().map(|queue| queue.fallbacks).sum())
+            Ok(stats.total(|queue| queue.fallbacks))
         };
         let before = late(&testbed)?;
         let hog = thread::spawn(|| -> Result<()> {
@@ -338,7 +338,7 @@ fn falling_asleep_after_every_completion_loses_none() -> Result<()> {
         ensure!(guest_end.failure.is_none(), "{guest_end:?}");
         ensure!(counters.sleeps > last / 2, "{last} round trips, but {counters:?}");
         let stats = testbed.backend.as_ref().context("the backend")?.stats()?;
-        let late: u64 = stats.queues.iter().map(|queue| queue.fallbacks).sum();
+        let late = stats.total(|queue| queue.fallbacks);
         ensure!(late == 0, "{late} completions had to be signalled late: {stats:?}");
         let irqs = queue_interrupts(&before, &testbed.vm.interrupts()?, testbed.ivcpu())?;
         ensure!(irqs.other * 99 <= irqs.ivcpu.unwrap_or(0), "the module does not keep interrupts: {irqs:?}");

@@ -69,6 +69,13 @@ pub struct BackendStats {
     pub sessions: u64,
 }
 
+impl BackendStats {
+    /// One counter, over all queues.
+    pub fn total(&self, count: impl Fn(&QueueStats) -> u64) -> u64 {
+        self.queues.iter().map(count).sum()
+    }
+}
+
 /// A running backend; ended when dropped.
 pub struct Backend {
     process: Process,

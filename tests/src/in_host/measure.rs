@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use ivcpu_vmm::exits::{Counter, Snapshot};
 use serde::{Deserialize, Serialize};
 
-use super::{Backend, BackendStats, Host, QueueStats, Setup, TAP, Testbed};
+use super::{Backend, BackendStats, Host, Setup, TAP, Testbed};
 use crate::bystander::Bystander;
 use crate::figures::{FifoCounts, Load, Window};
 use crate::pcpu;
@@ -182,14 +182,13 @@ struct Notifications {
 
 impl Notifications {
     fn of(stats: &BackendStats) -> Self {
-        let sum = |count: fn(&QueueStats) -> u64| stats.queues.iter().map(count).sum();
         let fifo = FifoCounts {
-            entries: sum(|q| q.fifo_entries),
-            merged: sum(|q| q.fifo_merged),
-            wakeups: sum(|q| q.wakeups),
-            fallbacks: sum(|q| q.fallbacks),
+            entries: stats.total(|q| q.fifo_entries),
+            merged: stats.total(|q| q.fifo_merged),
+            wakeups: stats.total(|q| q.wakeups),
+            fallbacks: stats.total(|q| q.fallbacks),
         };
-        Self { kicks: sum(|q| q.kicks), completions: sum(|q| q.completions), fifo }
+        Self { kicks: stats.total(|q| q.kicks), completions: stats.total(|q| q.completions), fifo }
     }
 
     fn since(&self, before: &Self) -> Self {
