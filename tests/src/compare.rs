@@ -174,7 +174,7 @@ fn describe(plan: &Plan) -> String {
 
 fn at_a_glance(plan: &Plan, measured: &Measured) -> String {
     let figures = plan.workloads.iter().zip(&measured.workloads).filter_map(|(workload, load)| {
-        let rate = crate::result::median(&load.rates())?;
+        let rate = crate::statistics::median(&load.rates())?;
         Some(match workload {
             Workload::TcpOut => format!("out {rate:.0} Mbit/s"),
             Workload::TcpIn => format!("in {rate:.0} Mbit/s"),

@@ -7,6 +7,7 @@ use ivcpu_vmm::exits::{Row, Rows};
 use serde::{Deserialize, Serialize};
 
 use crate::result::{self, Bystander, Figures, GuestIrqs, Pcpu, Role, TimerInterrupts};
+use crate::statistics;
 use crate::traffic::Latency;
 
 /// What one window saw: differences between two samples.
@@ -85,7 +86,7 @@ impl Load {
     }
 
     fn median(&self, figure: impl Fn(&Window) -> Option<f64>) -> Option<f64> {
-        result::median(&self.windows.iter().filter_map(figure).collect::<Vec<_>>())
+        statistics::median(&self.windows.iter().filter_map(figure).collect::<Vec<_>>())
     }
 
     /// Throughput of each window, or its median round trip: what repeats of the load are compared by.
@@ -123,7 +124,7 @@ impl Load {
     fn device_exits_sigma(&self, pcpu: u32) -> Option<f64> {
         let of = |rows: &Rows| Figures::DEVICE_ROWS.iter().map(|row| rows.count(*row)).sum::<u64>() as f64;
         let counts: Vec<_> = self.windows.iter().map(|w| w.exits.get(&pcpu).map_or(0.0, of)).collect();
-        Some(result::sigma(&counts)? * (counts.len() as f64).sqrt())
+        Some(statistics::sigma(&counts)? * (counts.len() as f64).sqrt())
     }
 
     fn guest_irqs(&self) -> Option<GuestIrqs> {
@@ -216,7 +217,7 @@ pub fn of_load(traffic: &Load, control: &Load, roles: &[Role]) -> Figures {
             .filter(|_| transactions > 0)
             .map(|s| s / (transactions as f64 / 1e3)),
         repeats: u32::try_from(traffic.windows.len()).ok(),
-        spread: result::spread(&traffic.rates()),
+        spread: statistics::spread(&traffic.rates()),
         pcpus,
     }
 }

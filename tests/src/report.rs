@@ -4,7 +4,8 @@ use std::fmt::Write as _;
 
 use ivcpu_vmm::exits::Row;
 
-use crate::result::{CaseKey, CaseResult, Figures, Mode, Pcpu, ResultFile, Role, Share};
+use crate::judgement::Share;
+use crate::result::{CaseKey, CaseResult, Figures, Mode, Pcpu, ResultFile, Role};
 
 /// Table 1 of Lee & Eom (2012): exits of a Netperf run over an SR-IOV virtual function of an Intel X520, two vCPUs
 /// floating over PCPU1 to PCPU3, the IVCPU alone on PCPU4.

@@ -5,10 +5,11 @@
 use std::fmt;
 
 use clap::ValueEnum;
-use ivcpu_vmm::exits::{Row, Rows};
+use ivcpu_vmm::exits::Rows;
 use serde::{Deserialize, Serialize};
 
 use crate::in_host::{Layout, Vmm};
+use crate::statistics::median;
 use crate::traffic::{Latency, Workload};
 
 /// Version of the file's layout.
@@ -315,111 +316,6 @@ pub struct Ratio {
     pub max: f64,
 }
 
-/// Why a share of exits is or is not claimed.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Share {
-    /// The IVCPU's part of the net exits, from 0 to 1 (beyond where a net figure is negative).
-    Claimed(f64),
-    /// Net is under ten times the control's spread: too close to the noise to say.
-    TooNoisy {
-        /// Net exits over all pCPUs.
-        net: i64,
-        /// Spread of the control.
-        spread: u64,
-    },
-    /// A single control window has no spread to compare with.
-    NoSpread,
-}
-
-/// Net device exits beside what noise and the promise of an exitless mode allow.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Exitless {
-    /// Net device exits, never clamped.
-    pub net: i64,
-    /// The most that is allowed.
-    pub allowed: f64,
-    /// Interrupts of the pCPU's own timer beyond those of the control. No device causes them.
-    pub more_timer_interrupts: i64,
-}
-
-impl Exitless {
-    /// Whether the promise is kept.
-    pub fn holds(&self) -> bool {
-        self.net as f64 <= self.allowed
-    }
-
-    /// Whether it is kept but for timer interrupts.
-    pub fn holds_but_for_timers(&self) -> bool {
-        (self.net - self.more_timer_interrupts.max(0)) as f64 <= self.allowed
-    }
-}
-
-impl Figures {
-    /// Exits of one row on one pCPU: raw less control, never clamped.
-    fn net(pcpu: &Pcpu, row: Row) -> i64 {
-        pcpu.exits.count(row) as i64 - pcpu.control.count(row) as i64
-    }
-
-    /// Net exits of one row over all pCPUs of a role, or of all roles.
-    pub fn net_of(&self, row: Row, role: Option<Role>) -> i64 {
-        self.pcpus.iter().filter(|p| role.is_none_or(|r| r == p.role)).map(|p| Self::net(p, row)).sum()
-    }
-
-    /// Spread of the control of one row over all pCPUs of a role, or of all roles; none for a single window.
-    pub fn control_spread(&self, row: Row, role: Option<Role>) -> Option<u64> {
-        let pcpus = self.pcpus.iter().filter(|p| role.is_none_or(|r| r == p.role));
-        pcpus.map(|p| p.control_spread.as_ref().map(|rows| rows.count(row))).sum()
-    }
-
-    /// The rows of exits that a device causes by an interrupt: its arrival, its acknowledgement, and port I/O.
-    pub const DEVICE_ROWS: [Row; 3] = [Row::ExternalIntr, Row::ApicAccess, Row::IoInstruction];
-
-    /// How one pCPU's net device exits compare with an allowance of `per_packet` exits a packet or three standard
-    /// deviations of the control, whichever is more. Unknown for a single control window.
-    pub fn exitless(&self, pcpu: &Pcpu, per_packet: f64) -> Option<Exitless> {
-        let net = Self::DEVICE_ROWS.iter().map(|row| Self::net(pcpu, *row)).sum();
-        let allowed = (per_packet * self.packets? as f64).max(3.0 * pcpu.control_sigma?);
-        let timer = pcpu.timer_interrupts;
-        Some(Exitless { net, allowed, more_timer_interrupts: timer.traffic as i64 - timer.control as i64 })
-    }
-
-    /// The part of a row's net exits that the IVCPU's pCPU took. Claimed only where the net is at least ten times the
-    /// control's spread, summed over the pCPUs.
-    pub fn ivcpu_share(&self, row: Row) -> Share {
-        let net = self.net_of(row, None);
-        let Some(spread) = self.control_spread(row, None) else { return Share::NoSpread };
-        if net <= 0 || (net as u64) < spread.saturating_mul(10) {
-            return Share::TooNoisy { net, spread };
-        }
-        Share::Claimed(self.net_of(row, Some(Role::Ivcpu)) as f64 / net as f64)
-    }
-}
-
-/// Median of a non-empty list; the mean of the middle two when their number is even.
-pub fn median(values: &[f64]) -> Option<f64> {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    let upper = sorted.get(middle)?;
-    Some(if sorted.len() % 2 == 1 { *upper } else { (sorted[middle - 1] + upper) / 2.0 })
-}
-
-/// Sample standard deviation; none for fewer than two values.
-pub fn sigma(values: &[f64]) -> Option<f64> {
-    let count = values.len() as f64;
-    let mean = values.iter().sum::<f64>() / count;
-    let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
-    (values.len() > 1).then(|| (squares / (count - 1.0)).sqrt())
-}
-
-/// (largest - smallest) / median, the spread of repeats.
-pub fn spread(values: &[f64]) -> Option<f64> {
-    let mid = median(values).filter(|m| *m != 0.0)?;
-    let (low, high) =
-        values.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(*v), h.max(*v)));
-    Some((high - low) / mid)
-}
-
 impl Ratio {
     /// Pairs the i-th measurement of one case with the i-th of the other, as they alternated.
     pub fn of_pairs(what: &str, of: (&CaseKey, &[f64]), to: (&CaseKey, &[f64])) -> Option<Self> {
@@ -439,38 +335,6 @@ impl Ratio {
 mod tests {
     use super::*;
 
-    fn pcpu(pcpu: u32, role: Role, exits: u64, control: u64, spread: u64) -> Pcpu {
-        let rows = |n| {
-            let mut rows = Rows::default();
-            rows.add(Row::ExternalIntr, n);
-            rows
-        };
-        let (exits, control, control_spread) = (rows(exits), rows(control), Some(rows(spread)));
-        Pcpu {
-            pcpu,
-            role,
-            exits,
-            control,
-            control_spread,
-            control_sigma: Some(10.0),
-            timer_interrupts: TimerInterrupts { traffic: 520, control: 500 },
-            cpu_seconds: None,
-        }
-    }
-
-    #[test]
-    fn exitless_within_the_promise_or_the_noise() {
-        let figures = Figures { packets: Some(10_000), ..Default::default() };
-        let of = |exits| figures.exitless(&pcpu(0, Role::App, exits, 500, 5), 0.01);
-        assert_eq!(of(600), Some(Exitless { net: 100, allowed: 100.0, more_timer_interrupts: 20 }));
-        assert!(of(620).is_some_and(|e| !e.holds() && e.holds_but_for_timers()));
-        assert!(of(621).is_some_and(|e| !e.holds_but_for_timers()));
-        assert!(of(600).is_some_and(|e| e.holds()) && of(400).is_some_and(|e| e.holds()));
-        assert!(of(601).is_some_and(|e| !e.holds()));
-        let few = Figures { packets: Some(100), ..Default::default() };
-        assert_eq!(few.exitless(&pcpu(0, Role::App, 530, 500, 5), 0.01).map(|e| e.allowed), Some(30.0));
-    }
-
     fn key() -> CaseKey {
         CaseKey {
             vmm: Vmm::IvcpuVmm,
@@ -486,36 +350,6 @@ mod tests {
             halt_poll_us: None,
             with_bystander: true,
         }
-    }
-
-    #[test]
-    fn share_is_the_ivcpus_part_of_net_exits() {
-        let pcpus = vec![pcpu(0, Role::App, 510, 500, 5), pcpu(3, Role::Ivcpu, 990, 0, 5)];
-        let figures = Figures { pcpus, ..Default::default() };
-        assert_eq!(figures.ivcpu_share(Row::ExternalIntr), Share::Claimed(0.99));
-    }
-
-    #[test]
-    fn share_is_not_claimed_inside_the_noise() {
-        let pcpus = vec![pcpu(0, Role::App, 510, 500, 60), pcpu(3, Role::Ivcpu, 590, 0, 5)];
-        let figures = Figures { pcpus, ..Default::default() };
-        assert_eq!(figures.ivcpu_share(Row::ExternalIntr), Share::TooNoisy { net: 600, spread: 65 });
-    }
-
-    #[test]
-    fn one_control_window_claims_nothing() {
-        let mut pcpus = vec![pcpu(3, Role::Ivcpu, 990, 0, 0)];
-        pcpus[0].control_spread = None;
-        let figures = Figures { pcpus, ..Default::default() };
-        assert_eq!(figures.ivcpu_share(Row::ExternalIntr), Share::NoSpread);
-    }
-
-    #[test]
-    fn negative_net_is_not_clamped() {
-        let pcpus = vec![pcpu(0, Role::App, 490, 500, 0), pcpu(3, Role::Ivcpu, 1000, 0, 0)];
-        let figures = Figures { pcpus, ..Default::default() };
-        assert_eq!(figures.net_of(Row::ExternalIntr, Some(Role::App)), -10);
-        assert_eq!(figures.ivcpu_share(Row::ExternalIntr), Share::Claimed(1000.0 / 990.0));
     }
 
     #[test]
@@ -538,13 +372,5 @@ mod tests {
             Ratio::of_pairs("throughput", (&key(), &[2.0, 3.0, 5.0]), (&key(), &[1.0, 2.0, 2.0])).unwrap();
         assert_eq!((ratio.median, ratio.min, ratio.max), (2.0, 1.5, 2.5));
         assert!(Ratio::of_pairs("throughput", (&key(), &[]), (&key(), &[])).is_none());
-    }
-
-    #[test]
-    fn spread_is_relative_to_the_median() {
-        assert_eq!(spread(&[90.0, 100.0, 110.0]), Some(0.2));
-        assert_eq!(median(&[1.0, 2.0, 3.0, 4.0]), Some(2.5));
-        assert_eq!(spread(&[]), None);
-        assert_eq!((sigma(&[1.0, 2.0, 3.0]), sigma(&[1.0])), (Some(1.0), None));
     }
 }
