@@ -56,6 +56,12 @@ pub struct Options {
     #[arg(long, value_name = "MAC")]
     pub mac: Option<MacAddress>,
 
+    /// Whether to offer what a control queue brings, several queue pairs among it. The queue itself is the frontend's:
+    /// say off for one that has none (Alioth), whose guest else finds no network device.
+    #[arg(long, value_name = "on|off", default_value = "on", action = clap::ArgAction::Set)]
+    #[arg(value_parser = parse_switch)]
+    pub control_queue: bool,
+
     /// Serve counters as JSON on the Unix socket PATH.
     #[arg(long, value_name = "PATH")]
     pub stats_socket: Option<PathBuf>,
@@ -71,6 +77,14 @@ pub enum Command {
     /// Make FIFO regions.
     #[command(subcommand, arg_required_else_help = false)]
     Fifo(FifoCommand),
+}
+
+fn parse_switch(word: &str) -> Result<bool, String> {
+    match word {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("expected on or off".to_owned()),
+    }
 }
 
 /// An uplink by its words.

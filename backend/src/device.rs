@@ -36,6 +36,10 @@ const FEATURES: &[u32] = &[
     VIRTIO_NET_F_GUEST_ANNOUNCE,
 ];
 
+/// Those of them that need the control queue, besides MQ.
+const CONTROL_QUEUE_FEATURES: &[u32] =
+    &[VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_GUEST_ANNOUNCE];
+
 /// Features offered when the uplink understands the virtio header (checksum and segmentation left to somebody else).
 const OFFLOAD_FEATURES: &[u32] = &[
     VIRTIO_NET_F_CSUM,
@@ -82,6 +86,7 @@ impl QueuePair {
 pub struct Device {
     queue_pairs: usize,
     mac: Option<MacAddress>,
+    control_queue: bool,
     offloads: Offloads,
     /// Signalled from the start, one a worker: the crate gives a backend its rings only together with an event.
     births: Vec<EventFd>,
@@ -92,10 +97,11 @@ pub struct Device {
 }
 
 impl Device {
-    /// A device of `queue_pairs` pairs; its rings arrive on `born` once the crate's workers run.
+    /// A device of `queue_pairs` pairs, whose frontend has a `control_queue` or not; its rings arrive on `born` once the crate's workers run.
     pub fn new(
         queue_pairs: usize,
         mac: Option<MacAddress>,
+        control_queue: bool,
         offloads: Offloads,
         born: Sender<QueuePair>,
     ) -> nix::Result<Self> {
@@ -103,6 +109,7 @@ impl Device {
         Ok(Device {
             queue_pairs,
             mac,
+            control_queue,
             offloads,
             births: (0..queue_pairs).map(|_| signalled()).collect::<Result<_, _>>()?,
             born: Mutex::new(born),
@@ -123,7 +130,8 @@ impl Device {
 
     fn is_offered(&self, feature: u32) -> bool {
         match feature {
-            VIRTIO_NET_F_MQ => self.queue_pairs > 1,
+            VIRTIO_NET_F_MQ => self.queue_pairs > 1 && self.control_queue,
+            _ if CONTROL_QUEUE_FEATURES.contains(&feature) => self.control_queue,
             _ => true,
         }
     }
@@ -253,4 +261,22 @@ pub type SharedDevice = Arc<Device>;
 /// The raw descriptor of a birth event, as the crate wants it.
 pub fn birth_fd(birth: &EventFd) -> RawFd {
     birth.as_raw_fd()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_control_queue_nothing_of_it_is_offered() {
+        let offered = |control_queue| {
+            let (born, _births) = std::sync::mpsc::channel();
+            let (offloads, _) = crate::uplink::open(&crate::cli::UplinkKind::Null, 2).unwrap();
+            Device::new(2, None, control_queue, offloads, born).unwrap().features()
+        };
+        let of_the_queue =
+            CONTROL_QUEUE_FEATURES.iter().fold(1 << VIRTIO_NET_F_MQ, |all, bit| all | 1 << bit);
+        assert_eq!(offered(true) & of_the_queue, of_the_queue);
+        assert_eq!(offered(false), offered(true) & !of_the_queue);
+    }
 }

@@ -57,8 +57,14 @@ impl Session<'_> {
     /// Serves a frontend until it leaves or its connection is shut down.
     pub fn run(&mut self, frontend: UnixStream) -> Result<(), Error> {
         let (born, births) = mpsc::channel();
-        let device = Device::new(self.pairs.len(), self.options.mac, self.offloads.clone(), born)
-            .map_err(std::io::Error::from)?;
+        let device = Device::new(
+            self.pairs.len(),
+            self.options.mac,
+            self.options.control_queue,
+            self.offloads.clone(),
+            born,
+        )
+        .map_err(std::io::Error::from)?;
         let device = Arc::new(device);
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let mut daemon =

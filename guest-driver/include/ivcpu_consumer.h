@@ -121,11 +121,30 @@ static inline void ivcpu_publish(const struct ivcpu_consumer *c, uint32_t state)
 		IVCPU_FENCE();	/* Leaving; partners: the producer's fences Pushed and Raised */
 }
 
+/*
+ * Reads the shape of the rings, each word once, so that what is checked is what is used, whatever the other side
+ * writes meanwhile. Why they make none in len bytes; NULL if they do.
+ */
+static inline const char *ivcpu_read_shape(struct ivcpu_consumer *c, uint64_t len)
+{
+	if (len < IVCPU_HEADER_SIZE)
+		return "smaller than a header";
+	c->rings = IVCPU_LOAD32(ivcpu_word(c, IVCPU_RINGS_AT));
+	c->sources = IVCPU_LOAD32(ivcpu_word(c, IVCPU_SOURCES_AT));
+	if (c->rings < 1 || c->rings > IVCPU_MAX_RINGS || c->sources < 1 || c->sources > IVCPU_MAX_SOURCES ||
+	    (c->sources & (c->sources - 1)) ||
+	    IVCPU_LOAD32(ivcpu_word(c, IVCPU_RING_OFFSET_AT)) != IVCPU_HEADER_SIZE ||
+	    IVCPU_LOAD32(ivcpu_word(c, IVCPU_RING_STRIDE_AT)) != IVCPU_RING_STRIDE)
+		return "a header that makes no sense";
+	if (len < ivcpu_ring(c->rings))
+		return "smaller than its rings";
+	return NULL;
+}
+
 /* Why the len bytes at base, which start on a page, are no region for this consumer; NULL if they are one. */
 static inline const char *ivcpu_check(volatile void *base, uint64_t len)
 {
 	struct ivcpu_consumer c = { .base = (volatile uint8_t *)base };
-	uint32_t rings, sources;
 
 	if (len < IVCPU_HEADER_SIZE)
 		return "smaller than a header";
@@ -135,16 +154,7 @@ static inline const char *ivcpu_check(volatile void *base, uint64_t len)
 		return "a version this driver does not speak";
 	if (IVCPU_LOAD32(ivcpu_word(&c, IVCPU_FEATURES_AT)) & ~IVCPU_FEATURES)
 		return "feature bits this driver does not know";
-	rings = IVCPU_LOAD32(ivcpu_word(&c, IVCPU_RINGS_AT));
-	sources = IVCPU_LOAD32(ivcpu_word(&c, IVCPU_SOURCES_AT));
-	if (rings < 1 || rings > IVCPU_MAX_RINGS || sources < 1 || sources > IVCPU_MAX_SOURCES ||
-	    (sources & (sources - 1)) ||
-	    IVCPU_LOAD32(ivcpu_word(&c, IVCPU_RING_OFFSET_AT)) != IVCPU_HEADER_SIZE ||
-	    IVCPU_LOAD32(ivcpu_word(&c, IVCPU_RING_STRIDE_AT)) != IVCPU_RING_STRIDE)
-		return "a header that makes no sense";
-	if (len < ivcpu_ring(rings))
-		return "smaller than its rings";
-	return NULL;
+	return ivcpu_read_shape(&c, len);
 }
 
 static inline void ivcpu_resync(struct ivcpu_consumer *c, uint32_t ring)
@@ -168,21 +178,20 @@ static inline void ivcpu_rescan(struct ivcpu_consumer *c)
 }
 
 /*
- * Attaches to a region that ivcpu_check() accepted, in the place of any other consumer. owner: not 0, and no
- * other consumer's. A ring leaves the polled set after cool_after empty looks; 64 is a good value.
+ * Attaches to a region that ivcpu_check() accepted, len bytes of which are mapped, in the place of any other
+ * consumer. owner: not 0, and no other consumer's. A ring leaves the polled set after cool_after empty looks; 64 is a
+ * good value. Returns false, with nothing written, if the header makes no sense any more.
  */
-static inline void ivcpu_attach(struct ivcpu_consumer *c, volatile void *base, uint32_t owner, uint32_t cool_after)
+static inline bool ivcpu_attach(struct ivcpu_consumer *c, volatile void *base, uint64_t len, uint32_t owner,
+				uint32_t cool_after)
 {
-	uint32_t rings, sources, ring;
+	uint32_t ring;
 
 	c->base = (volatile uint8_t *)base;
 	c->owner = owner;
 	c->cool_after = cool_after;
-	rings = IVCPU_LOAD32(ivcpu_word(c, IVCPU_RINGS_AT));
-	sources = IVCPU_LOAD32(ivcpu_word(c, IVCPU_SOURCES_AT));
-	/* Checked, but read once more. */
-	c->rings = rings < IVCPU_MAX_RINGS ? rings : IVCPU_MAX_RINGS;
-	c->sources = sources < IVCPU_MAX_SOURCES ? sources : IVCPU_MAX_SOURCES;
+	if (ivcpu_read_shape(c, len))
+		return false;
 	c->turn = 0;
 	c->scan = 0;
 	for (ring = 0; ring < IVCPU_MAX_RINGS; ring++)
@@ -191,6 +200,7 @@ static inline void ivcpu_attach(struct ivcpu_consumer *c, volatile void *base, u
 	ivcpu_publish(c, IVCPU_STATE_AWAKE);
 	ivcpu_rescan(c);
 	c->rescans = 0;
+	return true;
 }
 
 /* Goes on looking at pending words. */

@@ -9,7 +9,7 @@ static struct kobject *directory;
 
 static ssize_t state_show(struct kobject *unused, struct kobj_attribute *attribute, char *page)
 {
-	return sysfs_emit(page, "%s\n", ivcpu_poller_state());
+	return sysfs_emit(page, "%s\n", ivcpu_fifo_state());
 }
 
 static struct kobj_attribute state = __ATTR_RO(state);
@@ -28,6 +28,11 @@ COUNTER(rescans);
 COUNTER(sleeps);
 COUNTER(fallbacks);
 COUNTER(ignored);
+COUNTER(napi_polls);
+COUNTER(napi_packets);
+COUNTER(napi_sleeps);
+COUNTER(napi_contexts);
+COUNTER(napi_reaps);
 
 static struct attribute *attributes[] = {
 	&state.attr,
@@ -38,6 +43,11 @@ static struct attribute *attributes[] = {
 	&sleeps.attr,
 	&fallbacks.attr,
 	&ignored.attr,
+	&napi_polls.attr,
+	&napi_packets.attr,
+	&napi_sleeps.attr,
+	&napi_contexts.attr,
+	&napi_reaps.attr,
 	NULL
 };
 

@@ -18,7 +18,8 @@ static void on_interrupt(void *unused, int irq, struct irqaction *action)
 {
 	ivcpu_affinity_handled(irq);
 	if (ivcpu_interrupt_is_served(irq))
-		ivcpu_poller_call();
+		ivcpu_poller_call(ivcpu_fifo_call);
+	ivcpu_interfaces_interrupt(irq);
 }
 
 static void find(struct tracepoint *candidate, void *unused)

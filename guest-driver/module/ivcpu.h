@@ -3,33 +3,43 @@
  * What the files of ivcpu.ko need from each other.
  *
  * Theory of operation
- *   The consumer of the FIFO region is one kernel thread, bound to the IVCPU (poller.c). It lives while all of this
- *   holds: there is a region (region.c), the IVCPU is online, the system is not about to suspend or reboot, and no
- *   virtio device is being bound to or released by its driver (queues.c). ivcpu_settle() in main.c compares that
- *   with what is, and starts or stops the thread; everything that changes one of them calls it. Without the thread
- *   the region says "absent", and every completion comes as an ordinary interrupt: nothing is ever lost by stopping.
+ *   One kernel thread, bound to the IVCPU (poller.c), polls two kinds of things in turn and sleeps when neither has
+ *   work. ivcpu_settle() in main.c compares what there is to poll with what is polled, and starts or stops the thread;
+ *   everything that changes one of them calls it. Without the thread everything interrupts as ever: nothing is ever
+ *   lost by stopping.
  *
- *   So virtqueues are only pointed to between two such changes. Whoever is about to free some (a driver's remove, a
- *   failing probe, suspend) is held in the notifier until the thread is gone, and the next one starts with nothing.
+ *   The FIFO region (fifo.c) has a consumer, the thread, while all of this holds: there is a region (region.c), the
+ *   IVCPU is online, the system is not about to suspend or reboot, and no virtio device is being bound to or released
+ *   by its driver (queues.c). So virtqueues are only pointed to between two such changes. Whoever is about to free some
+ *   (a driver's remove, a failing probe, suspend) is held in the notifier until the thread is gone, and the next one
+ *   starts with nothing. Without a consumer the region says "absent".
  *
- *   While the thread sleeps, any interrupt of a virtio device wakes it if an entry waits; interrupts.c sees interrupts
- *   before their handlers.
+ *   Network interfaces (interfaces.c, napi.c) are polled while any are named. Their NAPI contexts are claimed, and given back, by
+ *   the rules of NAPI itself, so an interface may come and go while the thread runs.
+ *
+ *   What wakes the sleeping thread: for the FIFO, any interrupt of a virtio device while an entry waits (interrupts.c
+ *   sees interrupts before their handlers); for interfaces, a NAPI poll of the kernel's that found something.
  *
  * Locking, outermost first
  *   device locks, the lock of CPU hotplug   held by whoever calls ivcpu_settle()
+ *   names_lock in interfaces.c              likewise
  *   lock in main.c                          held while the thread is started and stopped
  *   call_lock in poller.c                   a raw spinlock, taken by interrupts
- *   The thread itself takes none of the first two, so it can be waited for under them. Whatever takes the lock of CPU
+ *   The thread itself takes none but the last, so it can be waited for under them, and under RTNL, which is taken
+ *   inside names_lock and never together with the lock in main.c. Whatever takes the lock of CPU
  *   hotplug (cpuhp_setup_state(), patching a tracepoint in or out) is called without the lock in main.c.
  */
 #ifndef IVCPU_H
 #define IVCPU_H
 
+#include <linux/compiler.h>
 #include <linux/types.h>
 
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 struct device;
+struct kernel_param_ops;
+struct net_device;
 struct notifier_block;
 struct virtqueue;
 
@@ -40,7 +50,7 @@ struct virtqueue;
  * @address: guest-physical address
  * @carrier: what shows it to this guest, for messages
  * @announced: the log says already that it is polled
- * @replaced: another consumer took it over; it is not touched any more
+ * @lost: another consumer took it over, or its header is damaged; it is not touched any more
  */
 struct ivcpu_region {
 	void *base;
@@ -48,7 +58,7 @@ struct ivcpu_region {
 	phys_addr_t address;
 	char carrier[48];
 	bool announced;
-	bool replaced;
+	bool lost;
 };
 
 /**
@@ -60,6 +70,11 @@ struct ivcpu_region {
  * @sleeps: how often it slept
  * @fallbacks: interrupts of virtio devices that came although it was awake, each the reason of a rescan
  * @ignored: completions of sources that name no virtqueue of this guest
+ * @napi_polls: polls of a NAPI context
+ * @napi_packets: packets these brought
+ * @napi_sleeps: how often contexts were given back to their interrupts
+ * @napi_contexts: not a count: the contexts that are polled now
+ * @napi_reaps: how often a transmit ring was looked at in the place of its interrupt
  */
 struct ivcpu_counts {
 	u64 entries;
@@ -69,7 +84,29 @@ struct ivcpu_counts {
 	u64 sleeps;
 	u64 fallbacks;
 	u64 ignored;
+	u64 napi_polls;
+	u64 napi_packets;
+	u64 napi_sleeps;
+	u64 napi_contexts;
+	u64 napi_reaps;
 };
+
+/**
+ * struct ivcpu_igbvf - what of a network interface is outside NAPI, if its driver is igbvf
+ * @registers: start of BAR 0; NULL: not igbvf
+ * @irq: number of the transmit interrupt
+ * @reaped: when the transmit ring was looked at last
+ */
+struct ivcpu_igbvf {
+	void __iomem *registers;
+	unsigned int irq;
+	u64 reaped;
+};
+
+static inline void ivcpu_count(u64 *counter)
+{
+	WRITE_ONCE(*counter, *counter + 1);
+}
 
 /* main.c */
 void ivcpu_settle(void);
@@ -97,8 +134,39 @@ extern struct ivcpu_counts ivcpu_counts;
 extern unsigned int ivcpu_poll_us;
 int ivcpu_poller_start(struct ivcpu_region *region, unsigned int cpu);
 void ivcpu_poller_stop(void);
-void ivcpu_poller_call(void);
-const char *ivcpu_poller_state(void);
+void ivcpu_poller_call(bool (*is_needed)(void));
+
+/* fifo.c */
+int ivcpu_fifo_attach(struct ivcpu_region *region, unsigned int cpu);
+bool ivcpu_fifo_serve(void);
+bool ivcpu_fifo_is_contended(void);
+bool ivcpu_fifo_prepare_sleep(void);
+void ivcpu_fifo_wake(void);
+bool ivcpu_fifo_call(void);
+void ivcpu_fifo_leave(void);
+void ivcpu_fifo_forget(void);
+const char *ivcpu_fifo_state(void);
+
+/* interfaces.c */
+extern const struct kernel_param_ops ivcpu_interface_names;
+int ivcpu_interfaces_init(void);
+void ivcpu_interfaces_exit(void);
+bool ivcpu_interfaces_are_wanted(void);
+void ivcpu_interfaces_interrupt(unsigned int irq);
+
+/* napi.c */
+int ivcpu_napi_init(void);
+void ivcpu_napi_exit(void);
+bool ivcpu_napi_serve(void);
+void ivcpu_napi_release(void);
+
+/* igbvf.c */
+void ivcpu_igbvf_find(struct ivcpu_igbvf *vf, const struct net_device *dev);
+void ivcpu_igbvf_forget(struct ivcpu_igbvf *vf);
+void ivcpu_igbvf_mask(const struct ivcpu_igbvf *vf);
+void ivcpu_igbvf_resume(const struct ivcpu_igbvf *vf);
+void ivcpu_igbvf_reap(struct ivcpu_igbvf *vf, struct net_device *dev);
+bool ivcpu_igbvf_sends_by(const struct ivcpu_igbvf *vf, unsigned int irq);
 
 /* interrupts.c */
 int ivcpu_interrupts_init(void);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-3-Clause
 /*
- * ivcpu.ko: takes virtio completions from a FIFO region that the host fills, on one CPU that polls it: the IVCPU.
+ * ivcpu.ko: one CPU, the IVCPU, polls for what devices would interrupt for: virtio completions in a FIFO region that
+ * the host fills, and the NAPI contexts of network interfaces.
  * How the parts work together: ivcpu.h. What they agree on with the host: docs/fifo-abi.md.
  *
  * Here: parameters, load and unload, and the decision whether there is a consumer.
@@ -10,6 +11,7 @@
 #include <linux/cpuhotplug.h>
 #include <linux/cpumask.h>
 #include <linux/module.h>
+#include <linux/moduleparam.h>
 #include <linux/mutex.h>
 #include <linux/reboot.h>
 #include <linux/suspend.h>
@@ -21,21 +23,28 @@ MODULE_PARM_DESC(cpu, "CPU that polls, the IVCPU; -1 = the last one that is onli
 module_param_named(poll_us, ivcpu_poll_us, uint, 0644);
 MODULE_PARM_DESC(poll_us, "microseconds to poll without finding anything before sleeping (default 50)");
 
+module_param_cb(poll, &ivcpu_interface_names, NULL, 0644);
+MODULE_PARM_DESC(poll, "network interfaces to poll, such as eth1,eth2 (default none)");
+
+/* What the thread polls, together. */
+enum { NOTHING = 0, FIFO = 1, INTERFACES = 2 };
+
 static DEFINE_MUTEX(lock);
 static struct ivcpu_region *used;	/* the region, NULL if there is none */
-static bool polling;			/* the thread is there */
+static unsigned int polled;		/* NOTHING: there is no thread */
 static bool cpu_is_up;
 static bool going_down;			/* suspend or reboot is under way */
 
-static int start_polling(void)
+static int start_polling(unsigned int what)
 {
-	int err;
+	int err = 0;
 
-	err = ivcpu_queues_collect();
+	if (what & FIFO)
+		err = ivcpu_queues_collect();
 	if (err)
 		return err;
 	ivcpu_affinity_keep(cpu);
-	err = ivcpu_poller_start(used, cpu);
+	err = ivcpu_poller_start(what & FIFO ? used : NULL, cpu);
 	if (err) {
 		ivcpu_affinity_release();
 		ivcpu_queues_drop();
@@ -50,27 +59,47 @@ static void stop_polling(void)
 	ivcpu_queues_drop();
 }
 
+static unsigned int wanted(void)
+{
+	unsigned int what = NOTHING;
+
+	if (!cpu_is_up || going_down)
+		return NOTHING;
+	if (used && !READ_ONCE(used->lost) && ivcpu_queues_are_stable())
+		what |= FIFO;
+	if (ivcpu_interfaces_are_wanted())
+		what |= INTERFACES;
+	return what;
+}
+
 /* Called with the lock. */
 static void settle(void)
 {
-	bool wanted = used && !READ_ONCE(used->replaced) && cpu_is_up && !going_down && ivcpu_queues_are_stable();
+	unsigned int what = wanted();
 	int err;
 
-	if (polling && !wanted) {
+	if (polled == what)
+		return;
+	if (polled)
 		stop_polling();
-		polling = false;
-	} else if (!polling && wanted) {
-		err = start_polling();
-		if (err)
-			pr_err("cannot start to poll: error %d; completions come as interrupts\n", -err);
-		polling = !err;
+	polled = NOTHING;
+	if (!what)
+		return;
+	err = start_polling(what);
+	if (err)
+		pr_err("cannot start to poll: error %d; completions come as interrupts\n", -err);
+	if (err && what == (FIFO | INTERFACES)) {
+		what = INTERFACES;
+		err = start_polling(what);
 	}
+	if (!err)
+		polled = what;
 }
 
 /**
- * ivcpu_settle() - starts or stops the consumer, as circumstances now ask for
+ * ivcpu_settle() - starts or stops the thread, as circumstances now ask for
  *
- * When it returns and something speaks against a consumer, there is none, and no virtqueue is pointed to.
+ * When it returns and something speaks against a consumer of the region, there is none, and no virtqueue is pointed to.
  */
 void ivcpu_settle(void)
 {
@@ -195,16 +224,26 @@ static int __init ivcpu_init(void)
 	err = register_reboot_notifier(&reboot_notifier);
 	if (err)
 		goto no_reboot;
+	err = ivcpu_napi_init();
+	if (err)
+		goto no_napi;
+	err = ivcpu_interfaces_init();
+	if (err)
+		goto no_interfaces;
 	err = ivcpu_regions_init();
 	if (err)
 		goto no_regions;
 	if (!cpu_is_up)
 		pr_info("CPU %d is not online; nothing is polled until it is\n", cpu);
-	else if (!used)
+	else if (!used && !ivcpu_interfaces_are_wanted())
 		pr_info("no FIFO region yet; completions come as interrupts\n");
 	return 0;
 
 no_regions:
+	ivcpu_interfaces_exit();
+no_interfaces:
+	ivcpu_napi_exit();
+no_napi:
 	unregister_reboot_notifier(&reboot_notifier);
 no_reboot:
 	unregister_pm_notifier(&suspend_notifier);
@@ -221,8 +260,10 @@ no_queues:
 
 static void __exit ivcpu_exit(void)
 {
-	/* Stops the consumer: without a region there is none, whatever the others report until they are gone. */
+	/* Both gone, there is no thread, whatever the others report until they are gone. */
 	ivcpu_regions_exit();
+	ivcpu_interfaces_exit();
+	ivcpu_napi_exit();
 	unregister_reboot_notifier(&reboot_notifier);
 	unregister_pm_notifier(&suspend_notifier);
 	cpuhp_remove_state_nocalls(hotplug_state);
@@ -233,6 +274,6 @@ static void __exit ivcpu_exit(void)
 
 module_init(ivcpu_init);
 module_exit(ivcpu_exit);
-MODULE_DESCRIPTION("virtio completions from a shared FIFO, taken by one CPU that polls");
+MODULE_DESCRIPTION("one CPU polls a FIFO of virtio completions, and network interfaces, instead of interrupts");
 MODULE_VERSION(IVCPU_VERSION_STRING);
 MODULE_LICENSE("Dual BSD/GPL");

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use ivcpu_lab::emulated_host::{EmulatedHost, Error, Input, Options};
 use ivcpu_lab::provision::Provision;
 use ivcpu_lab::trial;
@@ -23,22 +23,28 @@ fn boot_with(options: Options) -> Result<Error> {
 
 #[test]
 fn a_host_that_is_never_ready_is_given_up() -> Result<()> {
-    // Nothing boots in a quarter of a second: it is started four times, and that is that.
+    // Nothing boots in a quarter of a second: it is started so many times, and that is that.
     let ready = Duration::from_millis(250);
-    let error = boot_with(Options { ready, ..Options::default() })?;
-    assert!(matches!(error, Error::NeverReady { attempts: 4, .. }), "{error}");
+    let error = boot_with(Options { ready, attempts: 3, ..Options::default() })?;
+    assert!(matches!(error, Error::NeverReady { attempts: 3, .. }), "{error}");
     Ok(())
 }
 
 #[test]
 fn a_host_whose_kernel_panics_does_not_wait_for_the_deadline() -> Result<()> {
+    let ready = Duration::from_secs(300);
+    let kernel_words = "rdinit=/absent root=/dev/absent".to_owned();
+    // A start may also stall before its kernel gets to the panic.
     let start = Instant::now();
-    let options =
-        Options { ready: Duration::from_secs(300), kernel_words: "rdinit=/absent root=/dev/absent".into() };
-    let error = boot_with(options)?;
-    assert!(matches!(&error, Error::NeverReady { last, .. } if last.contains("Kernel panic")), "{error}");
-    assert!(start.elapsed() < Duration::from_secs(300), "{:?}", start.elapsed());
-    Ok(())
+    for _ in 0..4 {
+        let error = boot_with(Options { ready, attempts: 1, kernel_words: kernel_words.clone() })?;
+        if matches!(&error, Error::NeverReady { last, .. } if last.contains("Kernel panic")) {
+            ensure!(start.elapsed() < ready, "{:?}", start.elapsed());
+            return Ok(());
+        }
+        eprintln!("{error}");
+    }
+    bail!("no start came to its panic");
 }
 
 #[test]

@@ -7,9 +7,10 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use ivcpu_lab::figures;
 use ivcpu_lab::in_host::flow::move_both_ways;
-use ivcpu_lab::in_host::measure::{Plan, measure, queue_interrupts};
+use ivcpu_lab::in_host::measure::{measure, queue_interrupts};
+use ivcpu_lab::in_host::plan::Plan;
 use ivcpu_lab::in_host::{Host, Setup, Testbed};
-use ivcpu_lab::result::{Mode, Role};
+use ivcpu_lab::result::Role;
 use ivcpu_lab::traffic::Workload;
 use ivcpu_lab::trial::in_emulated_host;
 use ivcpu_vmm::exits::Row;
@@ -96,18 +97,5 @@ fn exits_of_two_queue_pairs_without_pv_eoi() -> Result<()> {
     in_emulated_host(|host| {
         let poll_us = Some("always".into());
         exits_are_on_the_ivcpu(host, Setup { poll_us, queue_pairs: 2, pv_eoi: false, ..Setup::default() })
-    })
-}
-
-#[test]
-fn stock_mode_has_no_ivcpu() -> Result<()> {
-    in_emulated_host(|host| {
-        let setup = Setup { mode: Mode::Stock, ..Setup::default() };
-        ensure!(!setup.roles().contains(&Role::Ivcpu));
-        let mut testbed = Testbed::start(host, &setup)?;
-        let (status, cpus) = testbed.vm.run("nproc; cat /proc/cmdline")?;
-        ensure!(status == 0 && cpus.starts_with("2\n") && !cpus.contains("ivcpu.cpu"), "{cpus}");
-        ensure!(testbed.vm.power_off()?.success());
-        Ok(())
     })
 }

@@ -57,6 +57,7 @@ fn emulated_guest(host: &Host) -> Result<(Backend, Vm, FifoRegion)> {
             queue_pairs: 1,
             poll: "50".into(),
             pcpus: vec![],
+            control_queue: true,
             fifo: Some(format!("path={}", region.path.display())),
         },
     )?;
@@ -72,6 +73,7 @@ fn emulated_guest(host: &Host) -> Result<(Backend, Vm, FifoRegion)> {
         fifo: Some(region.clone()),
         pv_eoi: true,
         net: Net::VhostUser(backend.socket().into()),
+        function: None,
         queue_pairs: 1,
     };
     let vm = Vm::boot(host, &config)?;

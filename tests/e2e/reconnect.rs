@@ -7,20 +7,11 @@ use ivcpu_lab::traffic::{Traffic, Workload};
 use ivcpu_lab::trial::in_emulated_host;
 
 #[test]
-fn a_killed_backend_costs_a_pause_but_no_connection() -> Result<()> {
+fn a_killed_backend_costs_no_connection_and_then_serves_one_vm_after_the_other() -> Result<()> {
     in_emulated_host(|host| {
         let mut testbed = Testbed::start(host, &Setup::default())?;
         survive_killed_backends(&mut testbed, host)?;
-        ensure!(testbed.vm.power_off()?.success());
-        Ok(())
-    })
-}
-
-#[test]
-fn a_backend_serves_one_vm_after_the_other() -> Result<()> {
-    in_emulated_host(|host| {
-        let mut testbed = Testbed::start(host, &Setup::default())?;
-        for _ in 0..3 {
+        for _ in 0..2 {
             let traffic = Traffic::new(Workload::TcpIn);
             let wire_end = testbed.wire.listen(traffic)?;
             testbed.vm.start_traffic(traffic)?;
@@ -30,7 +21,8 @@ fn a_backend_serves_one_vm_after_the_other() -> Result<()> {
         }
         let sessions =
             testbed.backend.as_ref().map(|backend| backend.stats()).transpose()?.map(|s| s.sessions);
-        ensure!(sessions == Some(4), "{sessions:?} sessions");
+        // Of the backend that was started last: the first VM, and two that came after it.
+        ensure!(sessions == Some(3), "{sessions:?} sessions");
         ensure!(testbed.vm.power_off()?.success());
         Ok(())
     })

@@ -9,26 +9,23 @@ use anyhow::{Context, bail};
 
 use crate::emulated_host::{self, EmulatedHost, Input, Options};
 use crate::figures::{self, Load};
+use crate::html;
 use crate::image::prepare_guest;
-use crate::in_host::measure::{Measured, Plan, measure, positive};
+use crate::in_host::measure::{Measured, measure};
+use crate::in_host::plan::{Plan, positive};
 use crate::in_host::{Host, Layout, Setup, Vmm};
+use crate::matrix::{ALL, plans};
 use crate::pcpu;
+use crate::progress::{self, Matrix};
 use crate::provision::{Kernel, Provision};
+use crate::ratio::Ratio;
 use crate::report;
-use crate::result::{
-    Backend, CaseKey, CaseResult, Figures, HostFacts, Mode, Path, Ratio, ResultFile, SCHEMA,
-};
+use crate::result::{Backend, CaseKey, CaseResult, Figures, HostFacts, Mode, Path, ResultFile, SCHEMA};
 use crate::traffic::Workload;
 use crate::workspace::Workspace;
 
 /// How often one comparison may start a stuck emulated host anew.
 const RESTARTS: u32 = 3;
-const ALL: [Workload; 3] = [Workload::TcpOut, Workload::TcpIn, Workload::TcpRr];
-/// Longer than any window: the IVCPU never sleeps in one.
-const NO_SLEEP_US: u64 = 60_000_000;
-/// Longer than any gap in the emulated host, also of a vCPU that has next to nothing to do.
-const HALT_POLL_US: u64 = 1_000_000;
-const STREAMS: [Workload; 2] = [Workload::TcpOut, Workload::TcpIn];
 
 /// What to compare, and how long.
 #[derive(Clone, Debug, clap::Args)]
@@ -36,8 +33,11 @@ pub struct CompareOptions {
     /// Write the figures to this file, too
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// Write a page with charts to this file, too
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
     /// Length of a measured window in seconds
-    #[arg(long, default_value_t = 3.0, value_parser = positive)]
+    #[arg(long, default_value_t = 2.0, value_parser = positive)]
     pub seconds: f64,
     /// Windows of each case, and alternations of the side-by-side pair
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
@@ -45,6 +45,9 @@ pub struct CompareOptions {
     /// Only these modes
     #[arg(long, value_delimiter = ',')]
     pub modes: Vec<Mode>,
+    /// Only these paths
+    #[arg(long, value_delimiter = ',')]
+    pub paths: Vec<Path>,
     /// The guest's kernel
     #[arg(long, default_value = "6.12")]
     pub kernel: Kernel,
@@ -55,7 +58,7 @@ pub struct CompareOptions {
 
 /// Measures everything and prints it; false when a case failed.
 pub fn compare(workspace: &Workspace, options: &CompareOptions) -> anyhow::Result<bool> {
-    if let Some(path) = &options.json {
+    for path in options.json.iter().chain(&options.html) {
         // Better now than after ten minutes; what is in it stays until there is something better.
         let open = fs::File::options().append(true).create(true).open(path);
         open.with_context(|| format!("writing {}", path.display()))?;
@@ -64,6 +67,10 @@ pub fn compare(workspace: &Workspace, options: &CompareOptions) -> anyhow::Resul
     provision.tools()?;
     provision.qemu()?;
     provision.make()?;
+    let plans = plans(options);
+    if plans.iter().any(|plan| plan.setup.vmm == Vmm::Alioth) {
+        provision.alioth()?;
+    }
     let mut place = if options.native {
         workspace.build()?;
         prepare_guest(workspace, &provision, options.kernel)?;
@@ -72,23 +79,25 @@ pub fn compare(workspace: &Workspace, options: &CompareOptions) -> anyhow::Resul
         Place::emulated(workspace, &provision, options.kernel)?
     };
 
-    let plans = plans(options);
     let mut outcomes = Outcomes::default();
     let begin = Instant::now();
-    for (number, plan) in plans.iter().enumerate() {
-        eprintln!("lab: {} of {}: {}", number + 1, plans.len(), describe(plan));
+    let matrix = Matrix::start(plans.len());
+    for plan in &plans {
+        matrix.next(&describe(plan));
         let mut measured = place.measure(plan);
         if let Err(error) = &measured {
             // A guest that the emulator lost is no figure; one that fails twice is.
-            eprintln!("lab:   failed, once more: {error:#}");
+            progress::line(&format!("lab:   failed, once more: {error:#}"));
             measured = place.measure(plan);
         }
         match &measured {
-            Ok(measured) => eprintln!("lab:   {}", at_a_glance(plan, measured)),
-            Err(error) => eprintln!("lab:   failed: {error:#}"),
+            Ok(measured) => progress::line(&format!("lab:   {}", at_a_glance(plan, measured))),
+            Err(error) => progress::line(&format!("lab:   failed: {error:#}")),
         }
         outcomes.add(plan, measured.map_err(|error| format!("{error:#}")));
+        matrix.done();
     }
+    matrix.finish();
     eprintln!("lab: measured in {} s", begin.elapsed().as_secs());
 
     let file = outcomes.into_result(place.facts(workspace));
@@ -98,62 +107,17 @@ pub fn compare(workspace: &Workspace, options: &CompareOptions) -> anyhow::Resul
         let text = serde_json::to_string_pretty(&file)? + "\n";
         fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
     }
-    Ok(file.complete)
-}
-
-/// What runs, in this order: the side-by-side pair in alternation, then the rest.
-fn plans(options: &CompareOptions) -> Vec<Plan> {
-    let base =
-        Setup { mode: Mode::Stock, poll_us: Some("0".into()), kernel: options.kernel, ..Setup::default() };
-    let spinning = Setup { poll_us: Some("always".into()), ..base.clone() };
-    let irq = Setup { mode: Mode::Irq, ..spinning.clone() };
-    let outside = Setup { vmm: Vmm::Qemu, backend: Backend::VhostNet, poll_us: None, ..base.clone() };
-    let plan = |setup: &Setup, workloads: &[Workload], windows: u16| Plan {
-        setup: setup.clone(),
-        workloads: workloads.to_vec(),
-        windows: windows.into(),
-        seconds: options.seconds,
-        entries: None,
-        with_bystander: true,
-    };
-    let mut plans = Vec::new();
-    for round in 0..options.windows {
-        let pair = if round % 2 == 0 { [&base, &outside] } else { [&outside, &base] };
-        plans.extend(pair.map(|setup| plan(setup, &ALL, 1)));
+    if let Some(path) = &options.html {
+        html::write(&file, path)?;
     }
-    plans.push(plan(&spinning, &ALL, options.windows));
-    plans.push(plan(&irq, &ALL, options.windows));
-    plans.push(plan(&Setup { mode: Mode::ThreadedNapi, ..irq.clone() }, &ALL, options.windows));
-    // Spinning without end, so that the control spins too.
-    let fifo = Setup { mode: Mode::Fifo, ivcpu_poll_us: Some(NO_SLEEP_US), ..irq.clone() };
-    plans.push(plan(&fifo, &ALL, options.windows));
-    // As users run it: asleep when there is nothing to do.
-    plans.push(plan(&Setup { ivcpu_poll_us: None, ..fifo.clone() }, &ALL, options.windows));
-    // Exits alone: no bystander that an IPI could interrupt, so each IPI that is left wakes a halted vCPU.
-    let alone = |setup: &Setup| Plan { with_bystander: false, ..plan(setup, &ALL, options.windows) };
-    plans.push(alone(&irq));
-    let enough = |setup: &Setup| Plan { entries: Some(report::ENOUGH_ENTRIES), ..alone(setup) };
-    plans.push(enough(&fifo));
-    plans.push(enough(&Setup { halt_poll_us: Some(HALT_POLL_US), ..fifo.clone() }));
-    plans.push(enough(&Setup { vmm: Vmm::Qemu, ..fifo }));
-    // Two poll threads share the backend's one pCPU: if neither ever slept, each would spin away the other's time.
-    let two_pairs = Setup { queue_pairs: 2, poll_us: Some("50".into()), ..irq.clone() };
-    plans.push(plan(&two_pairs, &STREAMS, options.windows));
-    let without_pv_eoi = Setup { pv_eoi: false, ..irq };
-    plans.push(plan(&without_pv_eoi, &ALL, options.windows));
-    // The paper's backend was the NIC; ours shares the wire's pCPU here and must let it run.
-    let paper = Setup { layout: Layout::Paper, poll_us: Some("50".into()), ..without_pv_eoi };
-    plans.push(plan(&Setup { mode: Mode::Stock, ..paper.clone() }, &STREAMS, options.windows));
-    plans.push(plan(&paper, &STREAMS, options.windows));
-    plans.retain(|plan| options.modes.is_empty() || options.modes.contains(&plan.setup.mode));
-    plans
+    Ok(file.complete)
 }
 
 fn key(plan: &Plan, workload: Workload) -> CaseKey {
     let setup = &plan.setup;
     CaseKey {
         vmm: setup.vmm,
-        path: Path::Software,
+        path: setup.backend.path(),
         backend: setup.backend,
         mode: setup.mode,
         workload,
@@ -221,7 +185,9 @@ impl<'a> Place<'a> {
                 }
                 Err(error) if *restarts < RESTARTS => {
                     *restarts += 1;
-                    eprintln!("lab:   {error}: starting the emulated host anew ({restarts} of {RESTARTS})");
+                    progress::line(&format!(
+                        "lab:   {error}: starting the emulated host anew ({restarts} of {RESTARTS})"
+                    ));
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -342,6 +308,9 @@ impl Outcomes {
             }
         };
         let outside = |setup: &Setup| setup.backend == Backend::VhostNet;
+        let passed_through = |vmm: Vmm, mode: Mode| {
+            move |setup: &Setup| (setup.backend, setup.vmm, setup.mode) == (Backend::Vfio, vmm, mode)
+        };
         let mut ratios = Vec::new();
         for workload in ALL {
             let what = match workload {
@@ -356,6 +325,13 @@ impl Outcomes {
             };
             let alternating = format!("{what}, in alternation");
             pair(&alternating, self.load(ours(Mode::Stock, "0"), workload), self.load(outside, workload));
+            let stock = self.load(passed_through(Vmm::IvcpuVmm, Mode::Stock), workload);
+            pair(&alternating, stock.clone(), self.load(passed_through(Vmm::Qemu, Mode::Stock), workload));
+            let [irq, poll] =
+                [Mode::Irq, Mode::Poll].map(|mode| self.load(passed_through(Vmm::IvcpuVmm, mode), workload));
+            pair(&in_turn, irq.clone(), stock.clone());
+            pair(&in_turn, poll.clone(), stock);
+            pair(&in_turn, poll, irq);
             for mode in [Mode::Irq, Mode::ThreadedNapi, Mode::Fifo] {
                 pair(
                     &in_turn,
@@ -372,17 +348,7 @@ impl Outcomes {
 mod tests {
     use super::*;
     use crate::figures::Window;
-
-    fn options() -> CompareOptions {
-        CompareOptions {
-            json: None,
-            seconds: 1.0,
-            windows: 3,
-            modes: vec![],
-            kernel: Kernel::V6_12,
-            native: false,
-        }
-    }
+    use crate::matrix::tests::options;
 
     fn measured(plan: &Plan, bytes: u64) -> Measured {
         let window = Window { seconds: 1.0, bytes, ..Window::default() };
@@ -409,14 +375,7 @@ mod tests {
         assert_eq!(keys.len(), file.cases.len());
         let repeats = |case: &CaseResult| case.figures.repeats == Some(3);
         assert!(file.cases.iter().all(repeats), "{file:?}");
-        assert_eq!(file.ratios.len(), 12);
-    }
-
-    #[test]
-    fn only_the_modes_asked_for_are_measured() {
-        let modes = vec![Mode::Fifo];
-        let plans = plans(&CompareOptions { modes, ..options() });
-        assert!(!plans.is_empty() && plans.iter().all(|plan| plan.setup.mode == Mode::Fifo));
+        assert_eq!(file.ratios.len(), 24);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use ivcpu_vmm::exits::{Row, Rows};
 use serde::{Deserialize, Serialize};
 
-use crate::result::{self, Bystander, Figures, GuestIrqs, Pcpu, Role, TimerInterrupts};
+use crate::result::{self, Bystander, Figures, GuestIrqs, Pcpu, Polled, Role, TimerInterrupts};
 use crate::statistics;
 use crate::traffic::Latency;
 
@@ -47,6 +47,12 @@ pub struct Window {
     pub bystander_rate: Option<f64>,
     /// The NIC's interrupts as the guest counted them.
     pub guest_irqs: Option<GuestIrqs>,
+    /// Those of receive queues alone.
+    pub receive_irqs: Option<GuestIrqs>,
+    /// Those of transmit queues alone.
+    pub transmit_irqs: Option<GuestIrqs>,
+    /// What the guest module polled; none but in `poll` mode.
+    pub polled: Option<Polled>,
 }
 
 /// What became of completions in the FIFO.
@@ -127,8 +133,16 @@ impl Load {
         Some(statistics::sigma(&counts)? * (counts.len() as f64).sqrt())
     }
 
-    fn guest_irqs(&self) -> Option<GuestIrqs> {
-        let windows: Option<Vec<GuestIrqs>> = self.windows.iter().map(|w| w.guest_irqs).collect();
+    fn polled(&self) -> Option<Polled> {
+        Some(Polled {
+            packets: self.total(|w| Some(w.polled?.packets))?,
+            sleeps: self.total(|w| Some(w.polled?.sleeps))?,
+            handler_runs: self.total(|w| Some(w.polled?.handler_runs))?,
+        })
+    }
+
+    fn irqs(&self, of: impl Fn(&Window) -> Option<GuestIrqs>) -> Option<GuestIrqs> {
+        let windows: Option<Vec<GuestIrqs>> = self.windows.iter().map(of).collect();
         let windows = windows?;
         Some(GuestIrqs {
             ivcpu: windows.iter().map(|irqs| irqs.ivcpu).sum(),
@@ -205,7 +219,11 @@ pub fn of_load(traffic: &Load, control: &Load, roles: &[Role]) -> Figures {
             wakeups: traffic.total(|w| w.fifo.map(|f| f.wakeups)),
             fallbacks: traffic.total(|w| w.fifo.map(|f| f.fallbacks)),
         },
-        guest_irqs: traffic.guest_irqs(),
+        guest_irqs: traffic.irqs(|w| w.guest_irqs),
+        receive_irqs: traffic.irqs(|w| w.receive_irqs),
+        transmit_irqs: traffic.irqs(|w| w.transmit_irqs),
+        device_interrupts: Some(accepted),
+        polled: traffic.polled(),
         accepted_by_ivcpu: (accepted > 0 && roles.contains(&Role::Ivcpu))
             .then(|| traffic.total(|w| w.accepted_by_ivcpu) as f64 / accepted as f64),
         exits_total: Some(pcpus.iter().map(|p| p.exits.total()).sum()),

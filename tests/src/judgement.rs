@@ -43,15 +43,22 @@ impl Exitless {
     }
 }
 
-impl Figures {
-    /// Exits of one row on one pCPU: raw less control, never clamped.
-    fn net(pcpu: &Pcpu, row: Row) -> i64 {
-        pcpu.exits.count(row) as i64 - pcpu.control.count(row) as i64
+impl Pcpu {
+    /// Exits of one row: raw less control, never clamped.
+    pub fn net(&self, row: Row) -> i64 {
+        self.exits.count(row) as i64 - self.control.count(row) as i64
     }
 
+    /// Whether there was any exit of this row, with traffic or without.
+    pub fn has_any(&self, row: Row) -> bool {
+        self.exits.count(row) != 0 || self.control.count(row) != 0
+    }
+}
+
+impl Figures {
     /// Net exits of one row over all pCPUs of a role, or of all roles.
     pub fn net_of(&self, row: Row, role: Option<Role>) -> i64 {
-        self.pcpus.iter().filter(|p| role.is_none_or(|r| r == p.role)).map(|p| Self::net(p, row)).sum()
+        self.pcpus.iter().filter(|p| role.is_none_or(|r| r == p.role)).map(|p| p.net(row)).sum()
     }
 
     /// Spread of the control of one row over all pCPUs of a role, or of all roles; none for a single window.
@@ -66,7 +73,7 @@ impl Figures {
     /// How one pCPU's net device exits compare with an allowance of `per_packet` exits a packet or three standard
     /// deviations of the control, whichever is more. Unknown for a single control window.
     pub fn exitless(&self, pcpu: &Pcpu, per_packet: f64) -> Option<Exitless> {
-        let net = Self::DEVICE_ROWS.iter().map(|row| Self::net(pcpu, *row)).sum();
+        let net = Self::DEVICE_ROWS.iter().map(|row| pcpu.net(*row)).sum();
         let allowed = (per_packet * self.packets? as f64).max(3.0 * pcpu.control_sigma?);
         let timer = pcpu.timer_interrupts;
         Some(Exitless { net, allowed, more_timer_interrupts: timer.traffic as i64 - timer.control as i64 })

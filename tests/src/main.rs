@@ -1,13 +1,17 @@
 //! ivcpu-lab: the program.
 
 use std::process::ExitCode;
+use std::thread;
 
+use anyhow::anyhow;
 use clap::{Parser, Subcommand, ValueEnum};
 use ivcpu_lab::compare::{CompareOptions, compare};
 use ivcpu_lab::guest;
+use ivcpu_lab::html::{self, ReportOptions};
 use ivcpu_lab::in_host::Host;
 use ivcpu_lab::in_host::agent;
-use ivcpu_lab::in_host::measure::{Plan, measure};
+use ivcpu_lab::in_host::measure::measure;
+use ivcpu_lab::in_host::plan::Plan;
 use ivcpu_lab::provision::{Kernel, Provision};
 use ivcpu_lab::shell;
 use ivcpu_lab::workspace::Workspace;
@@ -22,7 +26,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Fetch QEMU, tools and kernels from the distribution's archive into target/lab
+    /// Fetch QEMU, tools and kernels from the distribution's archive, and Alioth by cargo, into target/lab
     Provision {
         /// Kernels besides the emulated host's own
         #[arg(long, value_delimiter = ',', default_value = "6.12")]
@@ -30,6 +34,8 @@ enum Command {
     },
     /// Measure stock interrupts, the IVCPU by interrupts and by FIFO, and stock rivals, and print the paper's Table 1
     Compare(CompareOptions),
+    /// Make a page with charts of a file that `compare --json` wrote
+    Report(ReportOptions),
     /// A terminal in the emulated host, or one command there with its exit status
     Shell {
         /// The command and its arguments
@@ -96,15 +102,26 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Measure(plan) => {
             println!("{}", serde_json::to_string(&measure(&mut Host::emulated()?, &plan)?)?);
         }
-        Command::Provision { kernels } => provision(&Workspace::locate()?, &kernels)?,
+        Command::Provision { kernels } => {
+            let workspace = Workspace::locate()?;
+            provision(&workspace, &kernels)?;
+            Provision::new(&workspace).alioth()?;
+        }
+        Command::Report(options) => html::report(&options)?,
         Command::Shell { command } => {
             let status = shell::shell(&Workspace::locate()?, &command)?;
             return Ok(ExitCode::from(u8::try_from(status).unwrap_or(1)));
         }
         Command::Test { arguments } => {
             let workspace = Workspace::locate()?;
-            provision(&workspace, Kernel::value_variants())?;
-            workspace.build()?;
+            // What is tested is built while what it needs is fetched.
+            thread::scope(|scope| {
+                let build = scope.spawn(|| workspace.build());
+                provision(&workspace, Kernel::value_variants())?;
+                Provision::new(&workspace).browser()?;
+                build.join().map_err(|_| anyhow!("the thread that builds the programs died"))??;
+                anyhow::Ok(())
+            })?;
             workspace.test(&arguments)?;
         }
     }

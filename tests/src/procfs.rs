@@ -1,4 +1,4 @@
-//! What the running kernel counts: interrupts of virtio devices and CPU times.
+//! What the running kernel counts: interrupts of NICs and CPU times.
 
 use std::fs;
 
@@ -9,10 +9,16 @@ use serde::{Deserialize, Serialize};
 /// `/proc/stat` counts in hundredths of a second on every kernel there is.
 const TICKS_PER_SECOND: f64 = 100.0;
 
-/// The interrupts of virtio devices.
-pub fn virtio_interrupts() -> anyhow::Result<Vec<Interrupt>> {
+/// The interrupts of virtio devices and of network interfaces.
+pub fn nic_interrupts() -> anyhow::Result<Vec<Interrupt>> {
     let text = fs::read_to_string("/proc/interrupts").context("reading /proc/interrupts")?;
-    Ok(parse_interrupts(&text))
+    Ok(parse_interrupts(&text, |name| name.starts_with("virtio") || name.starts_with("eth")))
+}
+
+/// The interrupts of functions that are passed through to a VM.
+pub fn passthrough_interrupts() -> anyhow::Result<Vec<Interrupt>> {
+    let text = fs::read_to_string("/proc/interrupts").context("reading /proc/interrupts")?;
+    Ok(parse_interrupts(&text, |name| name.starts_with("vfio-")))
 }
 
 /// Interrupts of each CPU's own timer.
@@ -35,7 +41,7 @@ pub fn cpu_times() -> anyhow::Result<Vec<CpuTime>> {
 /// One line of `/proc/interrupts`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Interrupt {
-    /// Such as `virtio0-input.0`.
+    /// Such as `virtio0-input.0` or `eth0-rx-0`.
     pub name: String,
     /// Taken so far by each CPU.
     pub taken: Vec<u64>,
@@ -44,7 +50,17 @@ pub struct Interrupt {
 impl Interrupt {
     /// Whether it belongs to a network queue (not to a configuration change).
     pub fn is_queue(&self) -> bool {
-        ["input", "output", "virtqueues"].iter().any(|word| self.name.contains(word))
+        self.is_receive() || self.is_transmit() || self.name.contains("virtqueues")
+    }
+
+    /// Whether it belongs to receive queues alone.
+    pub fn is_receive(&self) -> bool {
+        self.name.contains("input") || self.name.contains("-rx-")
+    }
+
+    /// Whether it belongs to transmit queues alone.
+    pub fn is_transmit(&self) -> bool {
+        self.name.contains("output") || self.name.contains("-tx-")
     }
 }
 
@@ -65,7 +81,7 @@ pub struct CpuTime {
     pub steal: f64,
 }
 
-fn parse_interrupts(text: &str) -> Vec<Interrupt> {
+fn parse_interrupts(text: &str, is_chosen: fn(&str) -> bool) -> Vec<Interrupt> {
     let mut lines = text.lines();
     let cpus = lines.next().unwrap_or_default().split_whitespace().count();
     let interrupts = lines.filter_map(|line| {
@@ -74,7 +90,7 @@ fn parse_interrupts(text: &str) -> Vec<Interrupt> {
         let taken: Vec<u64> = words.by_ref().take(cpus).map_while(|word| word.parse().ok()).collect();
         // Behind the counts: controller, hardware number, trigger, and the name.
         let name = words.last()?;
-        (taken.len() == cpus && name.starts_with("virtio")).then(|| Interrupt { name: name.into(), taken })
+        (taken.len() == cpus && is_chosen(name)).then(|| Interrupt { name: name.into(), taken })
     });
     interrupts.collect()
 }
@@ -110,14 +126,14 @@ mod tests {
     }
 
     #[test]
-    fn interrupts_of_virtio_devices_only() {
+    fn interrupts_of_nics_only() {
         let text = "           CPU0       CPU1\n\
                     \x20 4:        861          0   IO-APIC   4-edge      ttyS0\n\
                     \x2026:          0          7   PCI-MSIX-0000:00:02.0   0-edge      virtio0-config\n\
                     \x2027:       1234         56   PCI-MSIX-0000:00:02.0   1-edge      virtio0-input.0\n\
                     NMI:          0          0   Non-maskable interrupts\n\
                     ERR:          0\n";
-        let interrupts = parse_interrupts(text);
+        let interrupts = parse_interrupts(text, |name| name.starts_with("virtio"));
         let names: Vec<_> = interrupts.iter().map(|interrupt| interrupt.name.as_str()).collect();
         assert_eq!(names, ["virtio0-config", "virtio0-input.0"]);
         assert_eq!(interrupts[1].taken, [1234, 56]);

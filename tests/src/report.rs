@@ -5,11 +5,11 @@ use std::fmt::Write as _;
 use ivcpu_vmm::exits::Row;
 
 use crate::judgement::Share;
-use crate::result::{CaseKey, CaseResult, Figures, Mode, Pcpu, ResultFile, Role};
+use crate::result::{CaseKey, CaseResult, Figures, GuestIrqs, Mode, Pcpu, ResultFile, Role};
 
 /// Table 1 of Lee & Eom (2012): exits of a Netperf run over an SR-IOV virtual function of an Intel X520, two vCPUs
 /// floating over PCPU1 to PCPU3, the IVCPU alone on PCPU4.
-const PAPER_TABLE_1: [(Row, [u64; 4]); 5] = [
+pub(crate) const PAPER_TABLE_1: [(Row, [u64; 4]); 5] = [
     (Row::IoInstruction, [17, 21, 19, 0]),
     (Row::ExternalIntr, [3972, 4005, 3798, 1_275_323]),
     (Row::ApicAccess, [5788, 6102, 5511, 1_459_550]),
@@ -55,26 +55,41 @@ pub fn case_text(case: &CaseResult) -> String {
         let _ = writeln!(out, "FAILED: {error}");
         return out;
     }
-    let f = &case.figures;
-    let _ = writeln!(out, "  {}", speed(f));
-    let _ = writeln!(out, "  {}", exits_per_packet(f));
-    let _ = writeln!(out, "  {}", interrupts(f));
-    let _ = writeln!(out, "  {}", price(f));
-    if let Some(line) = fifo(f) {
+    for line in findings(case).lines() {
         let _ = writeln!(out, "  {line}");
     }
-    if case.key.mode == Mode::Fifo {
-        exitless_lines(&mut out, f);
-    }
-    if case.key.mode == Mode::Irq {
-        for row in [Row::ExternalIntr, Row::ApicAccess] {
-            let _ = writeln!(out, "  {}", share_line(f, row));
-        }
-    }
+    let f = &case.figures;
     table_1(&mut out, f);
     if let (Some(total), Some(kvm)) = (f.exits_total, f.kvm_exits) {
         let off = 100.0 * (total as f64 - kvm as f64) / (kvm.max(1) as f64);
         let _ = writeln!(out, "  all rows {total}, KVM's own counter {kvm} ({off:+.2} %)");
+    }
+    out
+}
+
+/// What a case's figures say, a line each.
+pub fn findings(case: &CaseResult) -> String {
+    let mut out = String::new();
+    let f = &case.figures;
+    let _ = writeln!(out, "{}", speed(f));
+    let _ = writeln!(out, "{}", exits_per_packet(f));
+    let _ = writeln!(out, "{}", interrupts(f));
+    let _ = writeln!(out, "{}", price(f));
+    if let Some(line) = fifo(f) {
+        let _ = writeln!(out, "{line}");
+    }
+    if let Some(line) = polled(f) {
+        let _ = writeln!(out, "{line}");
+    }
+    match case.key.mode {
+        Mode::Fifo => exitless_lines(&mut out, f, f.fifo.entries, "entries"),
+        Mode::Poll => exitless_lines(&mut out, f, f.packets, "packets"),
+        Mode::Stock | Mode::Irq | Mode::ThreadedNapi => {}
+    }
+    if case.key.mode == Mode::Irq {
+        for row in [Row::ExternalIntr, Row::ApicAccess] {
+            let _ = writeln!(out, "{}", share_line(f, row));
+        }
     }
     out
 }
@@ -138,6 +153,10 @@ fn interrupts(f: &Figures) -> String {
         },
         None => parts.push("guest interrupts unknown".into()),
     }
+    let all = |irqs: &GuestIrqs| irqs.ivcpu.unwrap_or(0) + irqs.other;
+    if let (Some(receive), Some(transmit)) = (&f.receive_irqs, &f.transmit_irqs) {
+        parts.push(format!("receive {}, transmit {}", all(receive), all(transmit)));
+    }
     if let Some(share) = f.accepted_by_ivcpu {
         parts.push(format!("of those the host saw accepted, {:.2} % by the IVCPU", share * 100.0));
     }
@@ -163,19 +182,31 @@ fn fifo(f: &Figures) -> Option<String> {
     Some(line)
 }
 
+/// What the IVCPU found by polling, and how many of the guest's interrupts were none.
+fn polled(f: &Figures) -> Option<String> {
+    let polled = f.polled?;
+    let mut line = format!(
+        "polled: {} packets received, {} times back to interrupts; {} runs of the transmit handler, which the guest counts \
+         as interrupts",
+        polled.packets, polled.sleeps, polled.handler_runs
+    );
+    if let Some(interrupts) = f.device_interrupts {
+        let _ = write!(line, "; {interrupts} device interrupts as the host counts");
+    }
+    Some(line)
+}
+
 /// Exits a packet that an exitless mode may leave on a pCPU, beyond the noise: the application's, and any other.
 pub const ALLOWED_PER_PACKET: [f64; 2] = [0.001, 0.01];
 
-/// Entries from which exits a packet say something.
+/// FIFO entries, or polled packets, from which exits a packet say something.
 pub const ENOUGH_ENTRIES: u64 = 10_000;
 
-fn exitless_lines(out: &mut String, f: &Figures) {
-    let entries = f.fifo.entries.unwrap_or(0);
-    if entries < ENOUGH_ENTRIES {
-        let _ = writeln!(
-            out,
-            "  {entries} entries are too few to call a pCPU exitless ({ENOUGH_ENTRIES} are not)"
-        );
+fn exitless_lines(out: &mut String, f: &Figures, served: Option<u64>, what: &str) {
+    let served = served.unwrap_or(0);
+    if served < ENOUGH_ENTRIES {
+        let _ =
+            writeln!(out, "{served} {what} are too few to call a pCPU exitless ({ENOUGH_ENTRIES} are not)");
         return;
     }
     let [application, any] = ALLOWED_PER_PACKET;
@@ -184,7 +215,7 @@ fn exitless_lines(out: &mut String, f: &Figures) {
         let _ = match f.exitless(p, per_packet) {
             Some(e) => writeln!(
                 out,
-                "  pCPU{} {}: net EXTERNAL_INTR + APIC_ACCESS + IO exits {}, allowed {:.0} (the larger of {per_packet} a \
+                "pCPU{} {}: net EXTERNAL_INTR + APIC_ACCESS + IO exits {}, allowed {:.0} (the larger of {per_packet} a \
                  packet and 3 sigma of the control): {}",
                 p.pcpu,
                 p.role,
@@ -200,7 +231,7 @@ fn exitless_lines(out: &mut String, f: &Figures) {
                 }
             ),
             None => {
-                writeln!(out, "  pCPU{} {}: a single control window says nothing of noise", p.pcpu, p.role)
+                writeln!(out, "pCPU{} {}: a single control window says nothing of noise", p.pcpu, p.role)
             }
         };
     }
@@ -279,17 +310,15 @@ fn table_1(out: &mut String, f: &Figures) {
     let _ =
         writeln!(out, "{:>11}  | paper:{:>6}{:>7}{:>7}{:>9}", "total", "PCPU1", "PCPU2", "PCPU3", "PCPU4");
     for row in Row::ALL {
-        let raw = |p: &Pcpu| p.exits.count(row) as i64;
-        let control = |p: &Pcpu| p.control.count(row) as i64;
         let in_paper = PAPER_TABLE_1.iter().find(|(r, _)| *r == row);
-        if in_paper.is_none() && f.pcpus.iter().all(|p| raw(p) == 0 && control(p) == 0) {
+        if in_paper.is_none() && !f.pcpus.iter().any(|p| p.has_any(row)) {
             continue;
         }
         for (index, label) in ["raw", "control", "net"].into_iter().enumerate() {
             let value = |p: &Pcpu| match label {
-                "raw" => raw(p),
-                "control" => control(p),
-                _ => raw(p) - control(p),
+                "raw" => p.exits.count(row) as i64,
+                "control" => p.control.count(row) as i64,
+                _ => p.net(row),
             };
             let name = if index == 0 { row.name() } else { "" };
             let _ = write!(out, "  {name:<18}{label:<8}");

@@ -9,7 +9,7 @@ use ivcpu_vmm::exits::Rows;
 use serde::{Deserialize, Serialize};
 
 use crate::in_host::{Layout, Vmm};
-use crate::statistics::median;
+use crate::ratio::Ratio;
 use crate::traffic::{Latency, Workload};
 
 /// Version of the file's layout.
@@ -64,6 +64,8 @@ words! {
     Path {
         /// A virtio NIC served by software.
         Software = "software",
+        /// A virtual function of the host's NIC, passed through.
+        Sriov = "sriov",
     }
 }
 words! {
@@ -73,6 +75,8 @@ words! {
         Ivcpu = "ivcpu",
         /// The kernel's vhost-net.
         VhostNet = "vhost-net",
+        /// None: VFIO gives the guest a virtual function.
+        Vfio = "vfio",
     }
 }
 words! {
@@ -84,10 +88,22 @@ words! {
         Irq = "irq",
         /// Entries of the shared FIFO, polled by the IVCPU; an interrupt only while it sleeps.
         Fifo = "fifo",
+        /// The IVCPU polls the NIC's NAPI contexts; its interrupts stay off while there is traffic.
+        Poll = "poll",
         /// The nearest thing a stock kernel has: NAPI in threads pinned to the IVCPU, its interrupts there too.
         ThreadedNapi = "threaded-napi",
     }
 }
+impl Backend {
+    /// How its frames reach the wire.
+    pub fn path(self) -> Path {
+        match self {
+            Backend::Vfio => Path::Sriov,
+            Backend::Ivcpu | Backend::VhostNet => Path::Software,
+        }
+    }
+}
+
 impl Mode {
     /// Whether the guest has an IVCPU.
     pub fn has_ivcpu(self) -> bool {
@@ -197,6 +213,17 @@ pub struct GuestIrqs {
     pub other: u64,
 }
 
+/// What the guest module did with the NAPI contexts it polls.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Polled {
+    /// Packets its polls brought.
+    pub packets: u64,
+    /// Times the contexts were given back to their interrupts.
+    pub sleeps: u64,
+    /// Runs of igbvf's transmit handler without an interrupt.
+    pub handler_runs: u64,
+}
+
 /// FIFO counters; all null in modes without one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fifo {
@@ -277,6 +304,14 @@ pub struct Figures {
     pub fifo: Fifo,
     /// Who took the NIC's interrupts, as the guest counts.
     pub guest_irqs: Option<GuestIrqs>,
+    /// Those of receive queues alone; 0 where one interrupt serves both directions.
+    pub receive_irqs: Option<GuestIrqs>,
+    /// Those of transmit queues alone. In `poll` mode the guest counts [`Polled::handler_runs`] among them.
+    pub transmit_irqs: Option<GuestIrqs>,
+    /// Device interrupts that the guest's local APICs accepted, as the host counts.
+    pub device_interrupts: Option<u64>,
+    /// What the guest module polled; null but in `poll` mode.
+    pub polled: Option<Polled>,
     /// Share of the device interrupts that the IVCPU's local APIC accepted, as the host counts.
     pub accepted_by_ivcpu: Option<f64>,
     /// One entry a physical CPU of the host.
@@ -299,43 +334,12 @@ pub struct Figures {
     pub spread: Option<f64>,
 }
 
-/// One figure of one case over the same figure of another, measured in one run; `what` says whether in alternation.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Ratio {
-    /// The figure, in words.
-    pub what: String,
-    /// Key of the case above the line.
-    pub of: String,
-    /// Key of the case below the line.
-    pub to: String,
-    /// Median over the pairs.
-    pub median: f64,
-    /// Smallest.
-    pub min: f64,
-    /// Largest.
-    pub max: f64,
-}
-
-impl Ratio {
-    /// Pairs the i-th measurement of one case with the i-th of the other, as they alternated.
-    pub fn of_pairs(what: &str, of: (&CaseKey, &[f64]), to: (&CaseKey, &[f64])) -> Option<Self> {
-        let pairs: Vec<f64> = of.1.iter().zip(to.1).filter(|(_, b)| **b != 0.0).map(|(a, b)| a / b).collect();
-        Some(Self {
-            what: what.to_owned(),
-            of: of.0.to_string(),
-            to: to.0.to_string(),
-            median: median(&pairs)?,
-            min: pairs.iter().copied().fold(f64::INFINITY, f64::min),
-            max: pairs.iter().copied().fold(f64::NEG_INFINITY, f64::max),
-        })
-    }
-}
-
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn key() -> CaseKey {
+    /// Some case.
+    pub(crate) fn key() -> CaseKey {
         CaseKey {
             vmm: Vmm::IvcpuVmm,
             path: Path::Software,
@@ -364,13 +368,5 @@ mod tests {
         assert_eq!(json["fifo"]["entries"], serde_json::Value::Null);
         assert_eq!(json["error"], "guest never answered");
         assert_eq!(json["workload"], "tcp-out");
-    }
-
-    #[test]
-    fn ratio_pairs_the_alternations() {
-        let ratio =
-            Ratio::of_pairs("throughput", (&key(), &[2.0, 3.0, 5.0]), (&key(), &[1.0, 2.0, 2.0])).unwrap();
-        assert_eq!((ratio.median, ratio.min, ratio.max), (2.0, 1.5, 2.5));
-        assert!(Ratio::of_pairs("throughput", (&key(), &[]), (&key(), &[])).is_none());
     }
 }

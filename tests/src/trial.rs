@@ -25,16 +25,15 @@ const DEADLINE: Duration = Duration::from_secs(600);
 /// Gives `body` the emulated host this executable's tests share.
 pub fn with_emulated_host<T>(body: impl FnOnce(&mut EmulatedHost) -> anyhow::Result<T>) -> anyhow::Result<T> {
     static SHARED: Mutex<Option<EmulatedHost>> = Mutex::new(None);
-    // A test that failed while it had the host says nothing about the host.
+    // A test that panicked while it had the host took it along.
     let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
     let mut host = match shared.take() {
         Some(host) => host,
         None => boot(&[Kernel::V6_12])?,
     };
     let outcome = body(&mut host);
-    let useless = outcome
-        .as_ref()
-        .is_err_and(|e| e.downcast_ref().is_some_and(|e: &Error| !matches!(e, Error::NotStarted(..))));
+    // Whatever failed in it may be its own fault; only a command that did not start leaves it as it was.
+    let useless = outcome.as_ref().is_err_and(|e| !matches!(e.downcast_ref(), Some(Error::NotStarted(..))));
     if !useless {
         *shared = Some(host);
     }
@@ -60,7 +59,8 @@ pub fn on_this_machine<T>(body: impl FnOnce(&mut Host) -> anyhow::Result<T>) -> 
 }
 
 /// Runs `body`, a closure written in a test function, inside the emulated host. A host that gets stuck or dies is replaced,
-/// twice at most, and the test run again.
+/// twice at most, and the test run again. A test that fails is run once more, in a fresh host: the emulator's faults also
+/// show as a guest that resets or stands still. Every failure is printed; a test that fails twice has failed.
 pub fn in_emulated_host<F>(body: F) -> anyhow::Result<()>
 where
     F: FnOnce(&mut Host) -> anyhow::Result<()>,
@@ -77,16 +77,21 @@ where
         return body(&mut Host::emulated()?);
     }
     let name = test_name(type_name_of_val(&body))?;
-    for _ in 0..REPLACEMENTS {
-        match run_inside(name, kernel) {
+    let mut failed = false;
+    let mut lost = 0;
+    loop {
+        let error = match run_inside(name, kernel) {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        match error.downcast_ref() {
             // The emulator's fault, not the test's: it stands still, or died of an assertion of its own.
-            Err(e) if matches!(e.downcast_ref(), Some(Error::Stuck { .. } | Error::Gone(_))) => {
-                eprintln!("lab: {e:#}: running {name} again in a fresh one");
-            }
-            outcome => return outcome,
+            Some(Error::Stuck { .. } | Error::Gone(_)) if lost < REPLACEMENTS => lost += 1,
+            None if !failed => failed = true,
+            _ => return Err(error),
         }
+        eprintln!("lab: {error:#}: running {name} again in a fresh emulated host");
     }
-    run_inside(name, kernel)
 }
 
 fn run_inside(name: &str, kernel: Kernel) -> anyhow::Result<()> {
@@ -110,6 +115,7 @@ fn run_inside(name: &str, kernel: Kernel) -> anyhow::Result<()> {
         if !output.contains("1 passed") {
             bail!("the test executable does not know the test {name}:\n{output}");
         }
+        print!("{output}");
         Ok(())
     })
 }

@@ -24,6 +24,11 @@ pub enum Error {
     Build(String),
 }
 
+/// The cargo that runs the lab; one on PATH if the lab was started without.
+pub fn cargo() -> PathBuf {
+    env::var_os("CARGO").unwrap_or_else(|| OsStr::new("cargo").into()).into()
+}
+
 /// The checkout this program was built from.
 #[derive(Clone, Debug)]
 pub struct Workspace {
@@ -86,7 +91,7 @@ impl Workspace {
     }
 
     fn cargo<'a>(&self, arguments: impl Iterator<Item = &'a str>, what: &str) -> Result<(), Error> {
-        let cargo = PathBuf::from(env::var_os("CARGO").unwrap_or_else(|| OsStr::new("cargo").into()));
+        let cargo = cargo();
         let status = Command::new(&cargo)
             .args(arguments)
             .current_dir(&self.root)

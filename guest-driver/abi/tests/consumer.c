@@ -18,6 +18,29 @@ static int fail(const char *what)
 	return 1;
 }
 
+/* A header whose shape is hostile by the time of attaching: nothing is read behind the mapping, nothing written. */
+static bool refuses_what_changed(size_t bytes)
+{
+	static const uint32_t shapes[][2] = { { IVCPU_MAX_RINGS, 4 }, { 2, 3 }, { 0, 4 }, { 2, 0 }, { ~0u, ~0u } };
+	struct ivcpu_consumer consumer;
+	bool refused = true;
+	size_t i;
+
+	for (i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
+		uint32_t *header = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+		if (header == MAP_FAILED)
+			return false;
+		header[IVCPU_RING_OFFSET_AT / 4] = IVCPU_HEADER_SIZE;
+		header[IVCPU_RING_STRIDE_AT / 4] = IVCPU_RING_STRIDE;
+		header[IVCPU_RINGS_AT / 4] = shapes[i][0];
+		header[IVCPU_SOURCES_AT / 4] = shapes[i][1];
+		refused &= !ivcpu_attach(&consumer, header, bytes, 1, 16) && !header[IVCPU_OWNER_AT / 4];
+		munmap(header, bytes);
+	}
+	return refused;
+}
+
 int main(int argc, char **argv)
 {
 	struct ivcpu_completion completion;
@@ -42,7 +65,10 @@ int main(int argc, char **argv)
 		return fail(problem);
 	used = (volatile uint32_t *)(base + bytes);
 	seen = used + 0x800 / 4;
-	ivcpu_attach(&consumer, base, getpid(), 16);
+	if (!refuses_what_changed(bytes))
+		return fail("attached to a header that changed after the check");
+	if (!ivcpu_attach(&consumer, base, bytes, getpid(), 16))
+		return fail("cannot attach");
 
 	for (;;) {
 		uint32_t stop = __atomic_load_n(&used[0xffc / 4], __ATOMIC_ACQUIRE);

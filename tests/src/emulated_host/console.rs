@@ -21,11 +21,18 @@ pub(super) fn watch_console(mut output: impl BufRead, log: &mut impl Write, even
     let _ = events.send(Event::PoweredOff);
 }
 
-/// Whether the emulated host's kernel complains of a pCPU that stands still, or has died.
+/// Whether the emulated host's kernel complains of a pCPU or a task that stands still, or has died.
 fn is_stall(line: &str) -> bool {
-    ["detected stalls", "self-detected stall", "soft lockup", "hard LOCKUP", "Kernel panic"]
-        .iter()
-        .any(|sign| line.contains(sign))
+    const SIGNS: [&str; 6] = [
+        "detected stalls",
+        "self-detected stall",
+        "soft lockup",
+        "hard LOCKUP",
+        "Kernel panic",
+        // "INFO: task ... blocked for more than ... seconds."
+        "blocked for more than",
+    ];
+    SIGNS.iter().any(|sign| line.contains(sign))
 }
 
 /// Puts the console of a stuck host where the next boot does not overwrite it. The emulator has it open and
@@ -38,9 +45,9 @@ pub(super) fn keep_console(console: &Path) -> PathBuf {
     }
 }
 
-/// The end of what the host's kernel said, and before it the kernel's own word on why it stands still or died; not the
+/// The end of what a kernel said on its console (the host's, or a guest's with what its VMM said), and before it the kernel's own word on why it stands still or died; not the
 /// emulator's list, at each start, of what it does not emulate.
-pub(super) fn last_lines(console: &Path) -> String {
+pub(crate) fn last_lines(console: &Path) -> String {
     let text = fs::read(console).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
     let of_interest =
@@ -59,6 +66,7 @@ mod tests {
     #[test]
     fn stalls_among_other_messages() {
         assert!(is_stall("[   24.1] rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:"));
+        assert!(is_stall("[  243.0] INFO: task ivcpu-vmm:252 blocked for more than 30 seconds."));
         assert!(!is_stall("[    1.0] igb 0000:01:00.0: added PHC on eth0"));
     }
 

@@ -15,8 +15,10 @@ use crate::process::Process;
 use crate::provision::KernelFiles;
 
 /// `nohz=off` avoids a lost end-of-interrupt of the multi-threaded emulation, which otherwise hangs one boot in
-/// fifteen; the TSC words keep the kernel from measuring clocks that emulation makes look unsteady.
-const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 intel_iommu=on iommu=pt tsc=reliable no_timer_check mitigations=off nohz=off";
+/// fifteen; the TSC words keep the kernel from measuring clocks that emulation makes look unsteady. A task that stands still
+/// for half a minute is reported, not only after the usual two.
+const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 intel_iommu=on iommu=pt tsc=reliable no_timer_check mitigations=off nohz=off \
+                            sysctl.kernel.hung_task_timeout_secs=30";
 
 /// What an emulated machine is made from.
 pub(super) struct Parts<'a> {

@@ -25,15 +25,14 @@ use crate::progress::Step;
 use crate::provision::{Kernel, Provision};
 use crate::workspace::Workspace;
 use crate::{image, provision, qmp, workspace};
-use console::{keep_console, last_lines};
+use console::keep_console;
+pub(crate) use console::last_lines;
 use machine::Parts;
 pub use terminal::{RawTerminal, terminal_size};
 
 /// Where the read-write share is mounted inside.
 pub const SHARE: &str = "/run/ivcpu-lab";
 
-/// Starts in all before giving up.
-const ATTEMPTS: u32 = 4;
 /// The agent says "alive" every second; this much silence means the host is stuck.
 const SILENCE: Duration = Duration::from_secs(20);
 
@@ -94,6 +93,8 @@ pub enum Error {
 pub struct Options {
     /// Time for one start.
     pub ready: Duration,
+    /// Starts in all before giving up.
+    pub attempts: u32,
     /// More words for the emulated host's kernel command line.
     pub kernel_words: String,
 }
@@ -101,7 +102,8 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         // 15 s is ample on an idle machine; this one may be building something else.
-        Self { ready: Duration::from_secs(60), kernel_words: String::new() }
+        // The emulator's faults come in rows where the machine is busy: three starts of four were seen to stall.
+        Self { ready: Duration::from_secs(60), attempts: 8, kernel_words: String::new() }
     }
 }
 
@@ -174,7 +176,7 @@ impl EmulatedHost {
         image::build_host(&image, &kernel, &tools, &visible(workspace), &agent)?;
 
         let console = cache.join("host-console.log");
-        for attempt in 1..=ATTEMPTS {
+        for attempt in 1..=options.attempts {
             let sockets = tempfile::tempdir().map_err(|e| Error::File(std::env::temp_dir(), e))?;
             let parts = Parts {
                 qemu: &qemu,
@@ -204,20 +206,24 @@ impl EmulatedHost {
                         _lock: lock,
                     });
                 }
-                None if attempt < ATTEMPTS => {
+                None if attempt < options.attempts => {
                     let last = last_lines(&console);
                     eprintln!(
                         "lab: the emulated host did not come up within {:?} (console: {}; it ends: {last}): \
                          starting it anew ({attempt} of {})",
                         options.ready,
                         keep_console(&console).display(),
-                        ATTEMPTS - 1
+                        options.attempts - 1
                     );
                 }
                 None => {}
             }
         }
-        Err(Error::NeverReady { deadline: options.ready, attempts: ATTEMPTS, last: last_lines(&console) })
+        Err(Error::NeverReady {
+            deadline: options.ready,
+            attempts: options.attempts,
+            last: last_lines(&console),
+        })
     }
 
     /// `uname -r` in it.

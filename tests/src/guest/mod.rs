@@ -2,9 +2,10 @@
 
 pub mod protocol;
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, BufRead, Write};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -13,16 +14,10 @@ use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
 
 use crate::bystander::Bystander;
 use crate::image::SERVICE;
+use crate::link::{Link, PREFIX};
 use crate::procfs;
 use crate::traffic::{End, PORT};
 use protocol::{Answer, MARK, Request};
-
-/// The wire's address.
-pub const WIRE_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
-/// The guest's address.
-pub const GUEST_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
-/// Length of their network's prefix.
-pub const PREFIX: u8 = 24;
 
 /// Longest text a command's answer carries: every byte of it costs the serial line exits.
 const LONGEST_TEXT: usize = 16 * 1024;
@@ -30,7 +25,7 @@ const LONGEST_TEXT: usize = 16 * 1024;
 #[derive(Default)]
 struct Guest {
     bystander: Option<Bystander>,
-    traffic: Option<End>,
+    traffic: BTreeMap<Link, End>,
 }
 
 /// Serves until asked to power off, or until the serial line ends.
@@ -66,8 +61,8 @@ fn answer(answer: &Answer) -> anyhow::Result<()> {
 impl Guest {
     fn handle(&mut self, request: Request) -> anyhow::Result<Answer> {
         Ok(match request {
-            Request::Network(queue_pairs) => {
-                bring_up(queue_pairs)?;
+            Request::Network { link, queue_pairs } => {
+                bring_up(link, queue_pairs)?;
                 Answer::Done
             }
             Request::Service => {
@@ -87,42 +82,46 @@ impl Guest {
                 Answer::Done
             }
             Request::Traffic(traffic) => {
-                self.traffic = None;
-                let wire = SocketAddr::from((WIRE_ADDRESS, PORT));
-                self.traffic = Some(End::connect(traffic, wire).context("connecting to the wire")?);
+                self.traffic.remove(&traffic.link);
+                let wire = SocketAddr::from((traffic.link.wire(), PORT));
+                let end = End::connect(traffic, wire).context("connecting to the wire")?;
+                self.traffic.insert(traffic.link, end);
                 Answer::Done
             }
-            Request::Counts => Answer::Counts(self.running_traffic()?.counts()),
-            Request::ResetLatency => {
-                self.running_traffic()?.reset_latency();
+            Request::Counts(link) => Answer::Counts(self.running_traffic(link)?.counts()),
+            Request::ResetLatency(link) => {
+                self.running_traffic(link)?.reset_latency();
                 Answer::Done
             }
-            Request::StopTraffic => Answer::Counts(self.traffic.take().context("no traffic runs")?.stop()),
-            Request::Interrupts => Answer::Interrupts(procfs::virtio_interrupts()?),
+            Request::StopTraffic(link) => {
+                Answer::Counts(self.traffic.remove(&link).context("no traffic runs")?.stop())
+            }
+            Request::Interrupts => Answer::Interrupts(procfs::nic_interrupts()?),
             Request::CpuTimes => Answer::CpuTimes(procfs::cpu_times()?),
             Request::Run(command) => run_command(&command)?,
             Request::PowerOff => Answer::Done,
         })
     }
 
-    fn running_traffic(&self) -> anyhow::Result<&End> {
-        self.traffic.as_ref().context("no traffic runs")
+    fn running_traffic(&self, link: Link) -> anyhow::Result<&End> {
+        self.traffic.get(&link).context("no traffic runs")
     }
 }
 
-fn bring_up(queue_pairs: u16) -> anyhow::Result<()> {
-    let queues = queue_pairs.to_string();
-    let address = format!("{GUEST_ADDRESS}/{PREFIX}");
+fn bring_up(link: Link, queue_pairs: u16) -> anyhow::Result<()> {
+    let (interface, queues) = (link.interface(), queue_pairs.to_string());
+    let address = format!("{}/{PREFIX}", link.guest());
     // The driver takes as many queue pairs as there are CPUs; only a difference needs saying.
-    if combined_queues()? != queue_pairs {
-        run_quietly("ethtool", &["-L", "eth0", "combined", &queues])?;
+    if combined_queues(interface)? != queue_pairs {
+        run_quietly("ethtool", &["-L", interface, "combined", &queues])?;
     }
-    run_quietly("ip", &["link", "set", "eth0", "up"])?;
-    run_quietly("ip", &["address", "replace", &address, "dev", "eth0"])
+    run_quietly("ip", &["link", "set", interface, "up"])?;
+    run_quietly("ip", &["address", "replace", &address, "dev", interface])
 }
 
-fn combined_queues() -> anyhow::Result<u16> {
-    let entries = fs::read_dir("/sys/class/net/eth0/queues").context("the guest has no eth0")?;
+fn combined_queues(interface: &str) -> anyhow::Result<u16> {
+    let entries = fs::read_dir(format!("/sys/class/net/{interface}/queues"));
+    let entries = entries.with_context(|| format!("the guest has no {interface}"))?;
     let receivers = entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with("rx-"));
     Ok(u16::try_from(receivers.count())?)
 }

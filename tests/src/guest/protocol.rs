@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::link::Link;
 use crate::procfs::{CpuTime, Interrupt};
 use crate::traffic::{Counts, Traffic};
 
@@ -13,8 +14,13 @@ pub const MARK: &str = "@ivcpu-lab ";
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Request {
-    /// Give `eth0` the guest's address and this many queue pairs, and bring it up.
-    Network(u16),
+    /// Give an interface the guest's address, and bring it up.
+    Network {
+        /// Which.
+        link: Link,
+        /// How many it is to have.
+        queue_pairs: u16,
+    },
     /// Start the shipped service that keeps device interrupts on the IVCPU.
     Service,
     /// Start a bystander on these CPUs; see `Bystander::start` for yielding.
@@ -31,12 +37,12 @@ pub enum Request {
     /// Connect to the wire and start traffic.
     Traffic(Traffic),
     /// What the traffic's guest end has done so far.
-    Counts,
+    Counts(Link),
     /// Forget the round-trip times so far.
-    ResetLatency,
+    ResetLatency(Link),
     /// Stop the traffic.
-    StopTraffic,
-    /// Interrupts of the virtio devices.
+    StopTraffic(Link),
+    /// Interrupts of the NICs.
     Interrupts,
     /// Times of each CPU.
     CpuTimes,
@@ -65,7 +71,7 @@ pub enum Answer {
     Iterations(Vec<u64>),
     /// Traffic so far, or up to its end.
     Counts(Counts),
-    /// The virtio devices' interrupts.
+    /// The NICs' interrupts.
     Interrupts(Vec<Interrupt>),
     /// One entry a CPU.
     CpuTimes(Vec<CpuTime>),

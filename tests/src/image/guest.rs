@@ -32,6 +32,8 @@ pub(super) struct Contents<'a> {
     pub(super) service: &'a Path,
     /// The shipped guest module, built for the kernel. Loaded on request only.
     pub(super) module: &'a Path,
+    /// Whether the kernel has the driver of the host's virtual functions.
+    pub(super) igbvf: bool,
 }
 
 /// Writes the image to `path`.
@@ -41,7 +43,9 @@ pub(super) fn build(path: &Path, contents: &Contents<'_>) -> Result<(), Error> {
     image.copy(&tools.find(BUSYBOX)?, "bin/busybox", 0o755)?;
     image.file("init", 0o755, INIT.as_bytes()).map_err(Error::file("add", path))?;
     let mut load = String::new();
-    for module in Modules::of(contents.kernel)?.in_loading_order(&MODULES)? {
+    let igbvf = contents.igbvf.then_some("igbvf");
+    let names: Vec<_> = MODULES.into_iter().chain(igbvf).collect();
+    for module in Modules::of(contents.kernel)?.in_loading_order(&names)? {
         let name = format!("modules/{}.ko", module.name);
         load += &format!("/{name}\n");
         image.file(&name, 0o644, &module.content).map_err(Error::file("add", path))?;

@@ -8,7 +8,8 @@ use crate::provision::{BUSYBOX, KernelFiles, Unpacked};
 
 const INIT: &str = include_str!("host-init.sh");
 
-const MODULES: [&str; 12] = [
+/// i2c_i801 is the driver of a function of the chipset, whose IOMMU group holds others.
+const MODULES: [&str; 13] = [
     "9pnet_virtio",
     "9p",
     "virtio_console",
@@ -21,6 +22,7 @@ const MODULES: [&str; 12] = [
     "igb",
     "vfio_pci",
     "vfio_iommu_type1",
+    "i2c_i801",
 ];
 
 /// Writes the image to `path`. `visible` are folders of the machine that must be seen in the emulated host even

@@ -32,6 +32,7 @@ pub fn prepare_guest(workspace: &Workspace, provision: &Provision, kernel: Kerne
         agent: &workspace.release().join("ivcpu-lab"),
         service: &workspace.root().join("guest-driver/service/ivcpu-irq"),
         module: &ivcpu_module::build(workspace, provision, kernel)?,
+        igbvf: kernel.has_igbvf(),
     };
     guest::build(&guest_image(workspace, kernel), &contents)
 }

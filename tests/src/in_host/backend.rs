@@ -25,6 +25,8 @@ pub struct BackendConfig {
     pub poll: String,
     /// Where its poll threads run; anywhere if empty.
     pub pcpus: Vec<usize>,
+    /// Whether the frontend has a control queue.
+    pub control_queue: bool,
     /// What `--fifo` says.
     pub fifo: Option<String>,
 }
@@ -102,6 +104,9 @@ impl Backend {
         words.extend(["--poll-us".into(), config.poll.clone()]);
         if !affinity.is_empty() {
             words.extend(["--affinity".into(), format!("[{}]", affinity.join(","))]);
+        }
+        if !config.control_queue {
+            words.extend(["--control-queue".into(), "off".into()]);
         }
         words.extend(["--stats-socket".into(), stats.display().to_string()]);
         words.extend(config.fifo.iter().flat_map(|fifo| ["--fifo".into(), fifo.clone()]));

@@ -7,8 +7,9 @@ use std::path::Path;
 use anyhow::{Context, ensure};
 
 use super::{Testbed, Vm};
-use crate::guest::WIRE_ADDRESS;
 use crate::image::MODULE;
+use crate::link::Link;
+use crate::result::Polled;
 
 /// What the guest module shows in `/sys/kernel/ivcpu`, all counted since it was loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,8 +49,35 @@ pub fn load_module(vm: &mut Vm, ivcpu: usize, poll_us: Option<u64>) -> anyhow::R
 
 /// Loads the guest module, whatever it finds.
 pub fn insert_module(vm: &mut Vm, ivcpu: usize, poll_us: Option<u64>) -> anyhow::Result<()> {
+    insmod(vm, ivcpu, poll_us, "")
+}
+
+fn insmod(vm: &mut Vm, ivcpu: usize, poll_us: Option<u64>, more: &str) -> anyhow::Result<()> {
     let poll_us = poll_us.map(|us| format!(" poll_us={us}")).unwrap_or_default();
-    run(vm, &format!("insmod {MODULE} cpu={ivcpu}{poll_us}")).map(drop)
+    run(vm, &format!("insmod {MODULE} cpu={ivcpu}{poll_us}{more}")).map(drop)
+}
+
+/// Loads the guest module, to poll the NAPI contexts of a NIC, and waits until it does.
+pub fn poll_interface(vm: &mut Vm, ivcpu: usize, link: Link, poll_us: Option<u64>) -> anyhow::Result<()> {
+    let interface = link.interface();
+    insmod(vm, ivcpu, poll_us, &format!(" poll={interface}"))?;
+    run(vm, "for i in $(seq 50); do [ $(cat /sys/kernel/ivcpu/napi_polls) != 0 ] && exit 0; sleep 0.1; done; exit 1")
+        .with_context(|| format!("the guest module polled no NAPI context of {interface}"))?;
+    Ok(())
+}
+
+/// What it has polled since it was loaded.
+pub fn polled(vm: &mut Vm) -> anyhow::Result<Polled> {
+    let [packets, sleeps, handler_runs] = counters(vm, "napi_packets napi_sleeps napi_reaps")?;
+    Ok(Polled { packets, sleeps, handler_runs })
+}
+
+/// The module's counters of these names, one value each.
+fn counters<const COUNT: usize>(vm: &mut Vm, names: &str) -> anyhow::Result<[u64; COUNT]> {
+    let text = run(vm, &format!("cd /sys/kernel/ivcpu && cat {names}"))?;
+    let values: Result<Vec<u64>, _> = text.split_whitespace().map(str::parse).collect();
+    let values = values.ok().and_then(|values| values.try_into().ok());
+    values.with_context(|| format!("the module's counters are {text:?}"))
 }
 
 /// Unloads it.
@@ -64,22 +92,18 @@ pub fn module_state(vm: &mut Vm) -> anyhow::Result<String> {
 
 /// Its counters now.
 pub fn module_counters(vm: &mut Vm) -> anyhow::Result<ModuleCounters> {
-    const NAMES: &str = "entries delivered wakeups rescans sleeps fallbacks ignored";
-    let text = run(vm, &format!("cd /sys/kernel/ivcpu && cat {NAMES}"))?;
-    let values: Result<Vec<u64>, _> = text.split_whitespace().map(str::parse).collect();
-    let values = values.with_context(|| format!("the module's counters are {text:?}"))?;
-    let [entries, delivered, wakeups, rescans, sleeps, fallbacks, ignored] = values[..] else {
-        anyhow::bail!("the module's counters are {text:?}");
-    };
+    let [entries, delivered, wakeups, rescans, sleeps, fallbacks, ignored] =
+        counters(vm, "entries delivered wakeups rescans sleeps fallbacks ignored")?;
     Ok(ModuleCounters { entries, delivered, wakeups, rescans, sleeps, fallbacks, ignored })
 }
 
 /// Sends frames one by one to a neighbour that the backend's `loop` uplink plays: each comes back, so each is two
 /// completions. (Nobody answers the pings: what comes back has this guest's own address.)
 pub fn send_to_loop(vm: &mut Vm, frames: u32) -> anyhow::Result<()> {
+    let wire = Link::First.wire();
     let command = format!(
-        "/usr/bin/ip neigh replace {WIRE_ADDRESS} lladdr 02:00:00:00:00:01 dev eth0 && \
-         {{ ping -q -c {frames} -i 0.01 -W 1 {WIRE_ADDRESS} > /dev/null || true; }}"
+        "/usr/bin/ip neigh replace {wire} lladdr 02:00:00:00:00:01 dev eth0 && \
+         {{ ping -q -c {frames} -i 0.01 -W 1 {wire} > /dev/null || true; }}"
     );
     run(vm, &command).map(drop)
 }

@@ -11,12 +11,14 @@ use anyhow::{Context, bail};
 use ivcpu_vmm::exits::{Counter, Snapshot};
 use serde::{Deserialize, Serialize};
 
-use super::{Backend, BackendStats, Host, Setup, TAP, Testbed};
+use super::fifo_guest::polled;
+use super::plan::Plan;
+use super::{Backend, BackendStats, Host, Testbed};
 use crate::bystander::Bystander;
 use crate::figures::{FifoCounts, Load, Window};
 use crate::pcpu;
 use crate::procfs::{self, Interrupt};
-use crate::result::{GuestIrqs, Mode, Role, word};
+use crate::result::{GuestIrqs, Mode, Polled, Role};
 use crate::traffic::{Counts, End, Traffic, Workload};
 
 /// Time for traffic, or for a bystander, to become steady.
@@ -24,37 +26,6 @@ const WARM_UP: Duration = Duration::from_secs(1);
 
 /// A window that waits for FIFO entries ends after this.
 const LONGEST_WINDOW: Duration = Duration::from_secs(90);
-
-/// What to measure.
-#[derive(Clone, Debug, clap::Args)]
-pub struct Plan {
-    /// What to boot.
-    #[command(flatten)]
-    pub setup: Setup,
-    /// What flows, one after the other
-    #[arg(long, value_delimiter = ',', default_value = "tcp-out,tcp-in,tcp-rr")]
-    pub workloads: Vec<Workload>,
-    /// Windows of each workload, and of the control
-    #[arg(long, default_value_t = 1)]
-    pub windows: usize,
-    /// Length of a window in seconds
-    #[arg(long, default_value_t = 3.0, value_parser = positive)]
-    pub seconds: f64,
-    /// Instead of that, one window of each workload that ends with so many FIFO entries (or after 90 seconds)
-    #[arg(long)]
-    pub entries: Option<u64>,
-    /// Whether the bystander runs beside the traffic; it always does in the control
-    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
-    pub with_bystander: bool,
-}
-
-/// Parses a number of seconds above 0.
-pub fn positive(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(seconds) if seconds.is_finite() && seconds > 0.0 => Ok(seconds),
-        _ => Err("a number of seconds above 0".into()),
-    }
-}
 
 /// What was measured.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -67,40 +38,6 @@ pub struct Measured {
     pub workloads: Vec<Load>,
 }
 
-impl Plan {
-    /// Whether something outside the guest takes what it leaves of the application's pCPUs while traffic flows. (Idle
-    /// vCPUs that poll leave nothing.)
-    fn fills_idle_pcpus(&self, host: &Host) -> bool {
-        host.is_emulated() && !self.with_bystander && self.setup.halt_poll_us.is_none()
-    }
-
-    /// The words that make `ivcpu-lab measure` carry the plan out.
-    pub fn words(&self) -> Vec<String> {
-        let Self { setup, workloads, windows, seconds, entries, with_bystander } = self;
-        let workloads: Vec<_> = workloads.iter().map(|workload| word(*workload)).collect();
-        let mut words = vec![
-            format!("--vmm={}", word(setup.vmm)),
-            format!("--backend={}", word(setup.backend)),
-            format!("--mode={}", word(setup.mode)),
-            format!("--carrier={}", word(setup.carrier)),
-            format!("--layout={}", word(setup.layout)),
-            format!("--pv-eoi={}", setup.pv_eoi),
-            format!("--queue-pairs={}", setup.queue_pairs),
-            format!("--kernel={}", word(setup.kernel)),
-            format!("--workloads={}", workloads.join(",")),
-            format!("--windows={windows}"),
-            format!("--seconds={seconds}"),
-            format!("--with-bystander={with_bystander}"),
-        ];
-        words.extend(entries.iter().map(|entries| format!("--entries={entries}")));
-        words.extend(setup.poll_us.iter().map(|us| format!("--poll-us={us}")));
-        words.extend(setup.ivcpu_poll_us.iter().map(|us| format!("--ivcpu-poll-us={us}")));
-        words.extend(setup.fifo_option.iter().map(|option| format!("--fifo-option={option}")));
-        words.extend(setup.halt_poll_us.iter().map(|us| format!("--halt-poll-us={us}")));
-        words
-    }
-}
-
 /// Boots, measures, powers off.
 pub fn measure(host: &mut Host, plan: &Plan) -> anyhow::Result<Measured> {
     if host.is_emulated() {
@@ -111,7 +48,7 @@ pub fn measure(host: &mut Host, plan: &Plan) -> anyhow::Result<Measured> {
     testbed.vm.start_bystander(&vcpus, true)?;
     let counter = Counter::start(testbed.vm.id().try_into().context("the VMM's pid")?)?;
 
-    let mut meter = Meter { host, testbed, counter };
+    let mut meter = Meter { host, polls: plan.setup.mode == Mode::Poll, testbed, counter };
     thread::sleep(WARM_UP);
     let control = meter.windows(plan, None)?;
     if !plan.with_bystander {
@@ -150,6 +87,8 @@ fn keep_host_irqs_off_measured_pcpus() {
 
 struct Meter<'a> {
     host: &'a mut Host,
+    /// The guest module polls the NIC's NAPI contexts.
+    polls: bool,
     testbed: Testbed,
     counter: Counter,
 }
@@ -157,6 +96,7 @@ struct Meter<'a> {
 /// What only the guest knows.
 struct GuestSample {
     interrupts: Vec<Interrupt>,
+    polled: Option<Polled>,
     counts: Counts,
     iterations: Vec<u64>,
 }
@@ -248,15 +188,22 @@ impl Meter<'_> {
         self.difference(plan, workload, (&before, &guest_before), (&after, &guest_after))
     }
 
-    /// Waits until the FIFO has had `entries` entries since `before`. Whoever asked for them checks the count: a
-    /// window that is too long to wait for says so by it.
+    /// Waits until the FIFO has had `entries` entries since `before`, or the wire so many frames where the IVCPU polls
+    /// the NIC. Whoever asked for them checks the count: a window that is too long to wait for says so by it.
     fn wait_for_entries(&self, before: &HostSample, entries: u64) -> anyhow::Result<()> {
-        let before_them = before.backend.context("no backend of ours runs")?.fifo.entries;
-        while before.at.elapsed() < LONGEST_WINDOW {
-            let backend = self.testbed.backend.as_ref().context("no backend of ours runs")?;
-            if Notifications::of(&backend.stats()?).fifo.entries >= before_them + entries {
-                break;
+        let so_far = || -> anyhow::Result<u64> {
+            if self.polls {
+                return self.testbed.wire.frames();
             }
+            let backend = self.testbed.backend.as_ref().context("no backend of ours runs")?;
+            Ok(Notifications::of(&backend.stats()?).fifo.entries)
+        };
+        let begin = if self.polls {
+            before.packets
+        } else {
+            before.backend.context("no backend of ours runs")?.fifo.entries
+        };
+        while before.at.elapsed() < LONGEST_WINDOW && so_far()? < begin + entries {
             thread::sleep(Duration::from_millis(500));
         }
         Ok(())
@@ -265,6 +212,7 @@ impl Meter<'_> {
     fn guest_sample(&mut self, traffic: bool, bystander: bool) -> anyhow::Result<GuestSample> {
         Ok(GuestSample {
             interrupts: self.testbed.vm.interrupts()?,
+            polled: self.polls.then(|| polled(&mut self.testbed.vm)).transpose()?,
             counts: if traffic { self.testbed.vm.traffic_counts()? } else { Counts::default() },
             iterations: if bystander { self.testbed.vm.iterations()? } else { Vec::new() },
         })
@@ -273,13 +221,11 @@ impl Meter<'_> {
     fn host_sample(&mut self, load: Option<(Workload, &End)>) -> anyhow::Result<HostSample> {
         let backend = &self.testbed.backend;
         let backend = backend.as_ref().map(Backend::stats).transpose()?.as_ref().map(Notifications::of);
-        // Whoever feeds the guest lives in the wire's namespace, so its view of the network has the TAP.
-        let feeder = self.testbed.backend.as_ref().map_or_else(|| self.testbed.vm.id(), Backend::id);
         Ok(HostSample {
             cpu_times: self.host.outside.cpu_times()?,
             backend,
             timer_interrupts: procfs::timer_interrupts()?,
-            packets: frames(&format!("/proc/{feeder}/net/dev"))?,
+            packets: self.testbed.wire.frames()?,
             wire: load.map(|(_, end)| end.counts()).unwrap_or_default(),
             exits: self.counter.snapshot()?,
             at: Instant::now(),
@@ -299,6 +245,9 @@ impl Meter<'_> {
             bail!("exits cannot be counted exactly: {}", exits.notes.join("; "));
         }
         let ivcpu = self.testbed.ivcpu();
+        let irqs = |of: fn(&Interrupt) -> bool| {
+            interrupts_of(of, &guest_before.interrupts, &guest_after.interrupts, ivcpu)
+        };
         let accepted = |by: Option<usize>| {
             let vcpus = exits.vcpus.iter().filter(|v| by.is_none_or(|by| v.vcpu as usize == by));
             vcpus.filter_map(|v| v.device_accepted).sum()
@@ -342,7 +291,14 @@ impl Meter<'_> {
             bystander_rate: (bystander && application_seconds > 0.0)
                 .then(|| iterations as f64 / application_seconds),
             application_is_filled: workload.is_some() && plan.fills_idle_pcpus(self.host),
-            guest_irqs: Some(queue_interrupts(&guest_before.interrupts, &guest_after.interrupts, ivcpu)?),
+            guest_irqs: Some(irqs(Interrupt::is_queue)?),
+            receive_irqs: Some(irqs(Interrupt::is_receive)?),
+            transmit_irqs: Some(irqs(Interrupt::is_transmit)?),
+            polled: guest_after.polled.zip(guest_before.polled).map(|(after, before)| Polled {
+                packets: after.packets - before.packets,
+                sleeps: after.sleeps - before.sleeps,
+                handler_runs: after.handler_runs - before.handler_runs,
+            }),
             cpu_seconds,
             timer_interrupts: after
                 .timer_interrupts
@@ -360,8 +316,17 @@ pub fn queue_interrupts(
     after: &[Interrupt],
     ivcpu: Option<usize>,
 ) -> anyhow::Result<GuestIrqs> {
+    interrupts_of(Interrupt::is_queue, before, after, ivcpu)
+}
+
+fn interrupts_of(
+    chosen: fn(&Interrupt) -> bool,
+    before: &[Interrupt],
+    after: &[Interrupt],
+    ivcpu: Option<usize>,
+) -> anyhow::Result<GuestIrqs> {
     let mut irqs = GuestIrqs { ivcpu: ivcpu.map(|_| 0), other: 0 };
-    for later in after.iter().filter(|interrupt| interrupt.is_queue()) {
+    for later in after.iter().filter(|interrupt| chosen(interrupt)) {
         let earlier = before.iter().find(|earlier| earlier.name == later.name);
         let earlier = earlier.with_context(|| format!("interrupt {} appeared in the window", later.name))?;
         for (cpu, (later, earlier)) in later.taken.iter().zip(&earlier.taken).enumerate() {
@@ -375,30 +340,9 @@ pub fn queue_interrupts(
     Ok(irqs)
 }
 
-/// Frames that passed the TAP, both ways.
-fn frames(net_dev: &str) -> anyhow::Result<u64> {
-    let text = fs::read_to_string(net_dev).with_context(|| format!("reading {net_dev}"))?;
-    parse_frames(&text).with_context(|| format!("{net_dev} has no {TAP}"))
-}
-
-fn parse_frames(text: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.trim_start().strip_prefix(TAP)?.strip_prefix(':'))?;
-    let fields: Vec<u64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
-    // Received bytes, packets, ..., then sent bytes, packets, ...
-    Some(fields.get(1)? + fields.get(9)?)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn frames_of_the_tap_both_ways() {
-        let text = "Inter-|   Receive  |  Transmit\n face |bytes packets ...\n    lo: 1 2 0 0 0 0 0 0 3 4 0 0 0 0 0 0\n\
-                    ivcpu0: 1000 10 0 0 0 0 0 0 2000 7 0 0 0 0 0 0\n";
-        assert_eq!(parse_frames(text), Some(17));
-        assert_eq!(parse_frames("lo: 1 2"), None);
-    }
 
     #[test]
     fn queue_interrupts_by_who_took_them() {

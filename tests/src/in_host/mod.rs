@@ -6,7 +6,9 @@ pub mod fifo_guest;
 pub mod flow;
 pub mod measure;
 mod outside;
+pub mod plan;
 mod testbed;
+mod virtual_function;
 mod vm;
 mod vmm;
 mod wire;
@@ -20,15 +22,16 @@ use tempfile::TempDir;
 use crate::emulated_host::SHARE;
 use crate::image::guest_image;
 use crate::pcpu;
-use crate::provision::{Kernel, Provision};
+use crate::provision::{Kernel, Provision, alioth};
 use crate::workspace::Workspace;
 
 pub use backend::{Backend, BackendConfig, BackendStats, QueueStats};
 pub use outside::Outside;
 pub use testbed::{Setup, Testbed};
+pub use virtual_function::VirtualFunction;
 pub use vm::Vm;
 pub use vmm::{FifoRegion, Layout, Net, VmConfig, Vmm};
-pub use wire::{TAP, Wire};
+pub use wire::{Cable, TAP, Wire};
 
 /// The host a scenario runs in.
 pub struct Host {
@@ -102,9 +105,23 @@ impl Host {
         self.workspace.launchers().join(name)
     }
 
+    /// Alioth, where it has been provisioned.
+    pub fn alioth(&self) -> anyhow::Result<PathBuf> {
+        let program = alioth::program(&self.workspace);
+        if !program.exists() {
+            bail!("there is no {}: `cargo lab provision`, outside, builds it", program.display());
+        }
+        Ok(program)
+    }
+
+    /// Where a log is kept.
+    pub fn log_path(&self, name: &str) -> PathBuf {
+        self.logs.join(name)
+    }
+
     /// Opens a log that outlives the host; one that is there already is continued.
     pub fn log(&self, name: &str) -> anyhow::Result<File> {
-        let path = self.logs.join(name);
+        let path = self.log_path(name);
         File::options()
             .create(true)
             .append(true)

@@ -1,10 +1,14 @@
 //! A testbed: wire, backend and guest, brought up as a setup says.
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::fifo_guest::{load_module, run};
-use super::{Backend, BackendConfig, FifoRegion, Host, Layout, Net, TAP, Vm, VmConfig, Vmm, Wire};
+use super::fifo_guest::{load_module, poll_interface, run};
+use super::{
+    Backend, BackendConfig, Cable, FifoRegion, Host, Layout, Net, TAP, VirtualFunction, Vm, VmConfig, Vmm,
+    Wire,
+};
+use crate::link::Link;
 use crate::pcpu;
 use crate::provision::Kernel;
 use crate::result::{self, Carrier, Mode, Role};
@@ -18,7 +22,7 @@ pub struct Setup {
     /// Who runs the guest
     #[arg(long, default_value = "ivcpu-vmm")]
     pub vmm: Vmm,
-    /// What feeds its network device (vhost-net: under QEMU only)
+    /// What feeds its network device (vhost-net: under QEMU only; vfio: a virtual function)
     #[arg(long, default_value = "ivcpu")]
     pub backend: result::Backend,
     /// How completions reach it; all but `stock` add the IVCPU, `fifo` loads the guest module, the others start the
@@ -40,6 +44,9 @@ pub struct Setup {
     /// Microseconds an idle application vCPU polls before it halts [default: the guest kernel's own choice]
     #[arg(long)]
     pub halt_poll_us: Option<u64>,
+    /// Give the guest a virtual function, too, as its second interface
+    #[arg(long)]
+    pub with_function: bool,
     /// Where its vCPUs run
     #[arg(long, default_value = "pinned")]
     pub layout: Layout,
@@ -68,6 +75,7 @@ impl Default for Setup {
             fifo_option: None,
             without_module: false,
             halt_poll_us: None,
+            with_function: false,
             layout: Layout::Pinned,
             pv_eoi: true,
             queue_pairs: 1,
@@ -115,6 +123,7 @@ impl Setup {
                 Layout::Pinned => pcpu::BACKEND,
                 Layout::Paper => pcpu::wire(),
             }],
+            control_queue: self.vmm != Vmm::Alioth,
             fifo,
         })
     }
@@ -126,8 +135,12 @@ pub struct Testbed {
     pub vm: Vm,
     /// Its backend, where that is a program of ours.
     pub backend: Option<Backend>,
+    /// Its virtual function, where it has one. Declared after the guest, which has to let go of it first.
+    pub function: Option<VirtualFunction>,
     /// The far end of its cable.
     pub wire: Wire,
+    /// The far end of its virtual function's cable, where that is its second interface.
+    pub second_wire: Option<Wire>,
     /// How the guest was told to run.
     pub config: VmConfig,
     setup: Setup,
@@ -136,9 +149,20 @@ pub struct Testbed {
 impl Testbed {
     /// Brings it up to where traffic can start.
     pub fn start(host: &Host, setup: &Setup) -> anyhow::Result<Self> {
-        let wire = Wire::set_up(setup.queue_pairs)?;
+        let has_function = setup.with_function || setup.backend == result::Backend::Vfio;
+        ensure!(
+            host.is_emulated() || !has_function,
+            "a virtual function is made of the emulated host's own NIC only; on this machine see docs/passthrough.md"
+        );
+        let wire = Wire::set_up(match setup.backend {
+            result::Backend::Vfio => Cable::Nic,
+            result::Backend::VhostNet | result::Backend::Ivcpu => Cable::Tap(setup.queue_pairs),
+        })?;
+        let beside = setup.with_function.then(|| Wire::set_up_for(Link::Second, Cable::Nic));
+        let second_wire = beside.transpose()?;
+        let function = has_function.then(|| VirtualFunction::bind(host)).transpose()?;
         let backend = match setup.backend {
-            result::Backend::VhostNet => None,
+            result::Backend::VhostNet | result::Backend::Vfio => None,
             result::Backend::Ivcpu => Some(Backend::start(host, &setup.backend_config(host)?)?),
         };
         let fifo = setup.fifo(host);
@@ -157,11 +181,16 @@ impl Testbed {
             ivcpu: setup.mode.has_ivcpu(),
             fifo,
             pv_eoi: setup.pv_eoi,
-            net: backend.as_ref().map_or(Net::VhostNet, |backend| Net::VhostUser(backend.socket().into())),
+            net: match (setup.backend, &backend) {
+                (_, Some(backend)) => Net::VhostUser(backend.socket().into()),
+                (result::Backend::Vfio, None) => Net::Absent,
+                (_, None) => Net::VhostNet,
+            },
+            function: function.as_ref().map(|function| function.address().into()),
             queue_pairs: setup.queue_pairs,
         };
         let vm = boot(host, setup, &config)?;
-        Ok(Self { vm, backend, wire, config, setup: setup.clone() })
+        Ok(Self { vm, backend, function, wire, second_wire, config, setup: setup.clone() })
     }
 
     /// The guest's number of the IVCPU, if there is one.
@@ -182,21 +211,25 @@ impl Testbed {
 
     /// Kills the VMM as a crash would, and boots the same guest anew.
     pub fn replace_vm(self, host: &Host) -> anyhow::Result<Self> {
-        let Self { vm, backend, wire, config, setup } = self;
+        let Self { vm, backend, function, wire, second_wire, config, setup } = self;
         vm.kill()?;
-        Ok(Self { vm: boot(host, &setup, &config)?, backend, wire, config, setup })
+        Ok(Self { vm: boot(host, &setup, &config)?, backend, function, wire, second_wire, config, setup })
     }
 }
 
 fn boot(host: &Host, setup: &Setup, config: &VmConfig) -> anyhow::Result<Vm> {
     let mut vm = Vm::boot(host, config)?;
     vm.bring_up_network(config.queue_pairs)?;
+    if setup.with_function {
+        vm.bring_up(Link::Second, 1)?;
+    }
     let ivcpu = config.application_vcpus;
     match setup.mode {
         Mode::Stock => {}
         Mode::Irq => vm.start_service()?,
         Mode::Fifo if setup.without_module => vm.start_service()?,
         Mode::Fifo => load_module(&mut vm, ivcpu, setup.ivcpu_poll_us)?,
+        Mode::Poll => poll_interface(&mut vm, ivcpu, Link::First, setup.ivcpu_poll_us)?,
         Mode::ThreadedNapi => {
             vm.start_service()?;
             run(&mut vm, &threaded_napi_on(ivcpu))?;

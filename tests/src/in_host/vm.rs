@@ -1,17 +1,22 @@
 //! A running guest: its VMM's process, its serial line, and the guest agent at the other end of that.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Write};
-use std::process::{ChildStdin, ExitStatus, Stdio};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::{ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use nix::pty::openpty;
 use nix::sys::signal::Signal;
 
 use super::{Host, Net, VmConfig, Vmm, Wire};
+use crate::emulated_host::last_lines;
 use crate::guest::protocol::{Answer, MARK, Request};
+use crate::link::Link;
 use crate::pcpu;
 use crate::process::Process;
 use crate::procfs::{CpuTime, Interrupt};
@@ -27,7 +32,9 @@ const STARTS: u32 = 3;
 /// A running guest; ended when dropped.
 pub struct Vm {
     process: Process,
-    input: ChildStdin,
+    /// `guest.log`: the guest's console, and what the VMM has to say.
+    log: PathBuf,
+    input: File,
     answers: Receiver<Answer>,
     vcpu_threads: Vec<i32>,
     qemu: Option<Qmp>,
@@ -66,15 +73,20 @@ impl Vm {
                 words.extend(config.qemu_words(&host.launcher("qemu-system-x86_64"), &qmp));
                 words
             }
+            Vmm::Alioth => config.alioth_words(&host.alioth()?)?,
         };
-        let mut vm = Self::spawn(host, &words)?;
+        let stdin = if config.vmm == Vmm::Alioth { StandardInput::Terminal } else { StandardInput::Pipe };
+        let mut vm = Self::spawn(host, &words, stdin)?;
+        if config.vmm == Vmm::Alioth {
+            // It cannot be started stopped: its first exits are wherever they are.
+            vm.vcpu_threads = vcpu_threads_named(vm.id(), "vcpu_", config.vcpus())?;
+            vm.pin_vcpus(config)?;
+        }
         if config.vmm.is_qemu() {
             let mut connection = Qmp::connect(&qmp).context("see guest.log")?;
             vm.vcpu_threads = connection.vcpu_threads()?;
             if config.vmm == Vmm::Qemu {
-                for (vcpu, thread) in vm.vcpu_threads.iter().enumerate() {
-                    pcpu::pin(*thread, &config.pcpus(vcpu)).context("pinning a vCPU")?;
-                }
+                vm.pin_vcpus(config)?;
             }
             if matches!(config.net, Net::VhostNet) {
                 pin_vhost_workers(vm.id())?;
@@ -94,24 +106,33 @@ impl Vm {
     /// its vCPU threads nothing is known.
     pub fn boot_by(host: &Host, words: &[String], vcpus: usize) -> anyhow::Result<Self> {
         let begin = Instant::now();
-        let mut vm = Self::spawn(host, words)?;
+        let mut vm = Self::spawn(host, words, StandardInput::Pipe)?;
         vm.wait_for_hello(vcpus)?;
         vm.boot_time = begin.elapsed();
         Ok(vm)
     }
 
-    fn spawn(host: &Host, words: &[String]) -> anyhow::Result<Self> {
+    fn spawn(host: &Host, words: &[String], stdin: StandardInput) -> anyhow::Result<Self> {
         let log = host.log("guest.log")?;
         let errors = log.try_clone()?;
         let (program, arguments) = words.split_first().context("an empty command")?;
+        let (theirs, ours) = stdin.open().context("opening the VMM's standard input")?;
         let mut process = Process::spawn("the VMM", program, |command| {
-            command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(errors);
+            command.args(arguments).stdin(theirs).stdout(Stdio::piped()).stderr(errors);
         })?;
-        let input = process.child().stdin.take().context("the VMM's standard input")?;
         let output = process.child().stdout.take().context("the VMM's standard output")?;
         let (sender, answers) = channel();
         thread::spawn(move || watch_serial(BufReader::new(output), log, &sender));
-        Ok(Self { process, input, answers, vcpu_threads: vec![], qemu: None, boot_time: Duration::ZERO })
+        let input = File::from(ours);
+        let log = host.log_path("guest.log");
+        Ok(Self { process, log, input, answers, vcpu_threads: vec![], qemu: None, boot_time: Duration::ZERO })
+    }
+
+    fn pin_vcpus(&self, config: &VmConfig) -> anyhow::Result<()> {
+        for (vcpu, thread) in self.vcpu_threads.iter().enumerate() {
+            pcpu::pin(*thread, &config.pcpus(vcpu)).context("pinning a vCPU")?;
+        }
+        Ok(())
     }
 
     fn wait_for_hello(&mut self, vcpus: usize) -> anyhow::Result<()> {
@@ -151,9 +172,14 @@ impl Vm {
         }
     }
 
-    /// Brings the guest's network up.
+    /// Brings the guest's first NIC up.
     pub fn bring_up_network(&mut self, queue_pairs: u16) -> anyhow::Result<()> {
-        self.request(&Request::Network(queue_pairs)).map(drop)
+        self.bring_up(Link::First, queue_pairs)
+    }
+
+    /// Brings a NIC of the guest up.
+    pub fn bring_up(&mut self, link: Link, queue_pairs: u16) -> anyhow::Result<()> {
+        self.request(&Request::Network { link, queue_pairs }).map(drop)
     }
 
     /// Starts the shipped interrupt service in the guest.
@@ -166,19 +192,29 @@ impl Vm {
         self.request(&Request::Traffic(traffic)).map(drop)
     }
 
-    /// The guest's end of the traffic so far.
+    /// The guest's end of the traffic so far, on the first NIC.
     pub fn traffic_counts(&mut self) -> anyhow::Result<Counts> {
-        self.counts(&Request::Counts)
+        self.traffic_counts_on(Link::First)
     }
 
-    /// Forgets the round-trip times so far.
+    /// The guest's end of a NIC's traffic so far.
+    pub fn traffic_counts_on(&mut self, link: Link) -> anyhow::Result<Counts> {
+        self.counts(&Request::Counts(link))
+    }
+
+    /// Forgets the first NIC's round-trip times so far.
     pub fn reset_latency(&mut self) -> anyhow::Result<()> {
-        self.request(&Request::ResetLatency).map(drop)
+        self.request(&Request::ResetLatency(Link::First)).map(drop)
     }
 
-    /// Stops the traffic and gives its last counts.
+    /// Stops the first NIC's traffic and gives its last counts.
     pub fn stop_traffic(&mut self) -> anyhow::Result<Counts> {
-        self.counts(&Request::StopTraffic)
+        self.stop_traffic_on(Link::First)
+    }
+
+    /// Stops a NIC's traffic and gives its last counts.
+    pub fn stop_traffic_on(&mut self, link: Link) -> anyhow::Result<Counts> {
+        self.counts(&Request::StopTraffic(link))
     }
 
     fn counts(&mut self, request: &Request) -> anyhow::Result<Counts> {
@@ -250,10 +286,30 @@ impl Vm {
             Err(RecvTimeoutError::Disconnected) => match self.process.wait_for(Duration::from_secs(5)) {
                 Ok(status) => {
                     let reason = self.qemu.as_mut().and_then(Qmp::shutdown_reason);
-                    bail!("the VMM ended: {status}, {}", reason.as_deref().unwrap_or("no reason given"))
+                    let reason = reason.as_deref().unwrap_or("no reason given");
+                    bail!("the VMM ended: {status}, {reason}; guest.log ends: {}", last_lines(&self.log))
                 }
                 Err(_) => bail!("the VMM closed the guest's serial line"),
             },
+        }
+    }
+}
+
+/// What a VMM wants its standard input to be.
+enum StandardInput {
+    Pipe,
+    Terminal,
+}
+
+impl StandardInput {
+    /// The VMM's end and ours.
+    fn open(&self) -> io::Result<(OwnedFd, OwnedFd)> {
+        match self {
+            Self::Pipe => io::pipe().map(|(theirs, ours)| (theirs.into(), ours.into())),
+            Self::Terminal => {
+                let pty = openpty(None, None)?;
+                Ok((pty.slave, pty.master))
+            }
         }
     }
 }
@@ -278,15 +334,33 @@ fn watch_serial(mut serial: impl BufRead, mut log: File, answers: &Sender<Answer
     }
 }
 
+/// The threads of `count` vCPUs that carry `prefix` and the vCPU's number, in order, once they are all there.
+fn vcpu_threads_named(process: u32, prefix: &str, count: usize) -> anyhow::Result<Vec<i32>> {
+    let begin = Instant::now();
+    loop {
+        let vcpus = vcpu_threads(process, |name| name.strip_prefix(prefix)?.parse().ok())?;
+        if vcpus.len() == count {
+            return Ok(vcpus);
+        }
+        if begin.elapsed() > ANSWER {
+            bail!("the VMM has {} threads called {prefix}N instead of {count}, see guest.log", vcpus.len());
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// Threads of our own VMM carry their vCPU's name.
 fn own_vcpu_threads(process: u32) -> anyhow::Result<Vec<i32>> {
-    let mut vcpus: Vec<(usize, i32)> = threads(process)?
-        .into_iter()
-        .filter_map(|(thread, name)| match name.as_str() {
-            "ivcpu" => Some((usize::MAX, thread)),
-            name => Some((name.strip_prefix("vcpu")?.parse().ok()?, thread)),
-        })
-        .collect();
+    vcpu_threads(process, |name| match name {
+        "ivcpu" => Some(usize::MAX),
+        name => name.strip_prefix("vcpu")?.parse().ok(),
+    })
+}
+
+/// The threads whose names are a vCPU's, in the order of the numbers that `number` reads there.
+fn vcpu_threads(process: u32, number: impl Fn(&str) -> Option<usize>) -> anyhow::Result<Vec<i32>> {
+    let threads = threads(process)?.into_iter();
+    let mut vcpus: Vec<_> = threads.filter_map(|(thread, name)| Some((number(&name)?, thread))).collect();
     vcpus.sort_unstable();
     Ok(vcpus.into_iter().map(|(_, thread)| thread).collect())
 }

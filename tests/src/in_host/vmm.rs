@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use anyhow::{bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::wire::TAP;
@@ -25,12 +26,14 @@ pub enum Vmm {
     Qemu,
     /// Stock QEMU that emulates the vCPUs too: no KVM, no pinning.
     QemuTcg,
+    /// Alioth, a VMM in Rust by others; vhost-user only.
+    Alioth,
 }
 
 impl Vmm {
     /// Whether it is QEMU, which shows its vCPUs over QMP and knows no IVCPU.
     pub fn is_qemu(self) -> bool {
-        self != Vmm::IvcpuVmm
+        matches!(self, Vmm::Qemu | Vmm::QemuTcg)
     }
 }
 
@@ -41,7 +44,7 @@ pub enum Net {
     VhostUser(PathBuf),
     /// The kernel's vhost-net on the wire's TAP; QEMU only.
     VhostNet,
-    /// None.
+    /// None that is software.
     Absent,
 }
 
@@ -108,6 +111,8 @@ pub struct VmConfig {
     pub pv_eoi: bool,
     /// The network device.
     pub net: Net,
+    /// The PCI address of a virtual function of the host's, instead of that or beside it.
+    pub function: Option<String>,
     /// Its queue pairs.
     pub queue_pairs: u16,
 }
@@ -148,6 +153,9 @@ impl VmConfig {
             let socket = socket.display();
             option("--net", format!("vhost_user=true,socket={socket},mac={MAC},num_queues={queues}"));
         }
+        if let Some(function) = &self.function {
+            option("--device", format!("path=/sys/bus/pci/devices/{function}"));
+        }
         option("--serial", "tty".into());
         if self.ivcpu {
             // The VMM itself adds the words that keep tasks off the IVCPU.
@@ -165,7 +173,12 @@ impl VmConfig {
         words.push(if self.vmm == Vmm::QemuTcg { "tcg,thread=multi" } else { "kvm" }.into());
         let mut option = |name: &str, value: String| words.extend([name.to_string(), value]);
         option("-machine", "q35,memory-backend=ram".into());
-        option("-object", format!("memory-backend-memfd,id=ram,size={MEMORY},share=on"));
+        // Shared with whoever serves the guest, and as QEMU's default is with hardware.
+        let memory = match &self.net {
+            Net::Absent => "memory-backend-ram,share=off",
+            Net::VhostUser(_) | Net::VhostNet => "memory-backend-memfd,share=on",
+        };
+        option("-object", format!("{memory},id=ram,size={MEMORY}"));
         option(
             "-m",
             format!("{MEMORY}{}", if self.has(Carrier::VirtioPmem) { ",slots=2,maxmem=2G" } else { "" }),
@@ -179,11 +192,7 @@ impl VmConfig {
         option("-qmp", format!("unix:{},server=on,wait=off", qmp.display()));
         option("-kernel", self.kernel.display().to_string());
         option("-initrd", self.image.display().to_string());
-        let isolation = match self.ivcpu.then_some(self.application_vcpus) {
-            Some(n) => format!(" isolcpus=domain,{n} irqaffinity={n} ivcpu.cpu={n}"),
-            None => String::new(),
-        };
-        option("-append", self.command_line() + &isolation);
+        option("-append", self.command_line() + &self.isolation());
         if let Some(region) = &self.fifo {
             let (path, size) = (region.path.display(), region.qemu_size());
             option("-object", format!("memory-backend-file,id=fifo,share=on,mem-path={path},size={size}"));
@@ -192,6 +201,9 @@ impl VmConfig {
                 Carrier::VirtioPmem => "virtio-pmem-pci",
             };
             option("-device", format!("{device},memdev=fifo"));
+        }
+        if let Some(function) = &self.function {
+            option("-device", format!("vfio-pci,host={function}"));
         }
         let queues = self.queue_pairs;
         match &self.net {
@@ -210,6 +222,35 @@ impl VmConfig {
         let queues = if queues > 1 { format!(",mq=on,vectors={}", 2 * queues + 2) } else { String::new() };
         option("-device", format!("virtio-net-pci,netdev=net,mac={MAC},romfile={queues}"));
         words
+    }
+
+    /// Alioth's command line.
+    pub(super) fn alioth_words(&self, program: &Path) -> anyhow::Result<Vec<String>> {
+        let Net::VhostUser(socket) = &self.net else {
+            bail!("Alioth runs here with a vhost-user backend only: use --backend ivcpu");
+        };
+        ensure!(self.pv_eoi, "Alioth always lets the guest skip EOI exits: leave --pv-eoi at true");
+        ensure!(
+            self.fifo.is_none(),
+            "Alioth has nothing that shows a FIFO region: use another --mode or --vmm"
+        );
+        let mut words = vec![program.display().to_string(), "boot".into()];
+        let mut option = |name: &str, value: String| words.extend([name.to_string(), value]);
+        option("--kernel", self.kernel.display().to_string());
+        option("--initramfs", self.image.display().to_string());
+        option("--cmdline", self.command_line() + &self.isolation());
+        option("--memory", format!("size={MEMORY},backend=memfd"));
+        option("--cpu", format!("count={}", self.vcpus()));
+        option("--net", format!("vu,socket={}", socket.display()));
+        Ok(words)
+    }
+
+    /// The words that keep tasks and interrupts off the IVCPU, which our own VMM adds itself.
+    fn isolation(&self) -> String {
+        match self.ivcpu.then_some(self.application_vcpus) {
+            Some(n) => format!(" isolcpus=domain,{n} irqaffinity={n} ivcpu.cpu={n}"),
+            None => String::new(),
+        }
     }
 
     /// Whether every vCPU has a pCPU to itself; our VMM finds that out and tells the guest, QEMU must be told to.
@@ -250,6 +291,7 @@ mod tests {
             fifo: None,
             pv_eoi: false,
             net,
+            function: None,
             queue_pairs: 2,
         }
     }
@@ -294,6 +336,24 @@ mod tests {
         }
         let pcpus: Vec<_> = (0..config.vcpus()).map(|vcpu| config.pcpus(vcpu)).collect();
         assert_eq!(pcpus, [[0], [1], [3]]);
+    }
+
+    #[test]
+    fn alioth_gets_the_ivcpu_as_one_more_vcpu_and_nothing_it_has_not() {
+        let config = VmConfig { pv_eoi: true, ..config(Vmm::Alioth, Net::VhostUser("/s".into())) };
+        let words = config.alioth_words(Path::new("/a")).unwrap().join(" ");
+        for part in ["/a boot", "count=3", "irqaffinity=2", "backend=memfd", "vu,socket=/s"] {
+            assert!(words.contains(part), "{part} in {words}");
+        }
+        let fifo = Some(FifoRegion { path: "/f".into(), carrier: Carrier::VirtioPmem });
+        for (wrong, word) in [
+            (VmConfig { pv_eoi: false, ..config.clone() }, "--pv-eoi"),
+            (VmConfig { fifo, ..config.clone() }, "FIFO region"),
+            (VmConfig { net: Net::VhostNet, ..config.clone() }, "vhost-user"),
+        ] {
+            let error = wrong.alioth_words(Path::new("/a")).unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Brings kernels, QEMU and tools from the distribution's archive into the cache folder, each once.
 
+pub mod alioth;
 mod apt;
 mod archive;
 mod unpacked;
@@ -27,6 +28,9 @@ pub enum Error {
     /// The dynamic loader could not resolve a program's libraries.
     #[error("cannot list the libraries of {0}: {1}")]
     Loader(PathBuf, String),
+    /// cargo did not install Alioth.
+    #[error(transparent)]
+    Alioth(#[from] alioth::Error),
     /// A file could not be written.
     #[error("cannot write {0}: {1}")]
     Write(PathBuf, #[source] io::Error),
@@ -65,6 +69,11 @@ impl Kernel {
             Kernel::V6_1 => "6.1",
             Kernel::V6_1Cloud => "6.1-cloud",
         }
+    }
+
+    /// Whether it has drivers for virtual functions (cloud flavours lack igbvf).
+    pub fn has_igbvf(self) -> bool {
+        matches!(self, Kernel::V6_12 | Kernel::V6_1)
     }
 
     fn metapackage(self) -> (&'static str, &'static str) {
@@ -144,7 +153,7 @@ impl Provision {
         let tools = Unpacked::new(dir);
         for (name, places) in TOOLS {
             let launcher = self.workspace.launchers().join(name);
-            tools.write_launcher(&launcher, &tools.find(places)?, "", "")?;
+            tools.write_launcher(&launcher, &tools.loader(), &tools.find(places)?, "", "")?;
         }
         Ok(tools)
     }
@@ -163,10 +172,35 @@ impl Provision {
         let data: Vec<_> = data.iter().map(|folder| format!("-L {}", at(folder))).collect();
         qemu.write_launcher(
             &launcher,
+            &qemu.loader(),
             &qemu.find(&["usr/bin/qemu-system-x86_64"])?,
             &modules,
             &data.join(" "),
         )?;
+        Ok(launcher)
+    }
+
+    /// Alioth, a VMM by others that our backend is paired with. It is built from its sources, which takes a minute or two.
+    pub fn alioth(&self) -> Result<PathBuf, Error> {
+        Ok(alioth::install(&self.workspace)?)
+    }
+
+    /// A browser without a window, as a launcher, with a font.
+    pub fn browser(&self) -> Result<PathBuf, Error> {
+        let dir = self.workspace.cache().join("browser");
+        self.fetch(&dir, |archive| {
+            let packages = Selection::WithDependencies(&["chromium-headless-shell", "fonts-dejavu-core"]);
+            archive.unpack("a browser", packages, SUITE, &dir)
+        })?;
+        let browser = Unpacked::new(dir);
+        let launcher = self.workspace.launchers().join("chromium-headless-shell");
+        let program = browser.find(&["usr/lib/chromium/chromium-headless-shell"])?;
+        // Its fonts are the folder's, and what it starts of itself goes through the launcher again.
+        let fonts = font_configuration(&browser)?;
+        let environment = format!("export FONTCONFIG_FILE='{}'\n", fonts.display());
+        let arguments = "--browser-subprocess-path=\"$0\" --no-zygote";
+        let loader = browser.loader_beside(&program)?;
+        browser.write_launcher(&launcher, &loader, &program, &environment, arguments)?;
         Ok(launcher)
     }
 
@@ -190,7 +224,7 @@ impl Provision {
         })?;
         let xmllint = Unpacked::new(xmllint);
         let launcher = self.workspace.launchers().join("xmllint");
-        xmllint.write_launcher(&launcher, &xmllint.find(&["usr/bin/xmllint"])?, "", "")?;
+        xmllint.write_launcher(&launcher, &xmllint.loader(), &xmllint.find(&["usr/bin/xmllint"])?, "", "")?;
         Ok((launcher, Unpacked::new(schemas).find(&["usr/share/libvirt/schemas/domain.rng"])?))
     }
 
@@ -222,6 +256,18 @@ impl Provision {
     }
 }
 
+/// A configuration that knows the unpacked fonts and no others.
+fn font_configuration(unpacked: &Unpacked) -> Result<PathBuf, Error> {
+    let path = unpacked.path("fonts.conf");
+    let text = format!(
+        "<?xml version=\"1.0\"?>\n<fontconfig><dir>{}</dir><cachedir>{}</cachedir></fontconfig>\n",
+        unpacked.path("usr/share/fonts").display(),
+        unpacked.path("var/cache/fontconfig").display()
+    );
+    fs::write(&path, text).map_err(|e| Error::Write(path.clone(), e))?;
+    Ok(path)
+}
+
 /// A headers package includes the common headers' makefile by the path they are installed at; here it is another.
 fn relocate_headers(headers: &Path) -> Result<(), Error> {
     let makefile = headers.join("Makefile");
@@ -236,7 +282,10 @@ fn relocate_headers(headers: &Path) -> Result<(), Error> {
     if !here.is_file() {
         return Err(Error::Missing(here));
     }
-    fs::write(&makefile, format!("include {}\n", here.display())).map_err(|e| Error::Write(makefile, e))
+    // A new file in its place: other checkouts may have hard links to the old one.
+    let write = fs::remove_file(&makefile)
+        .and_then(|()| fs::write(&makefile, format!("include {}\n", here.display())));
+    write.map_err(|e| Error::Write(makefile, e))
 }
 
 /// Dynamically linked programs of the tools, and the places releases keep them in.

@@ -40,33 +40,51 @@ impl Unpacked {
     }
 
     /// The program's own argument list: loader, library folders, program.
-    fn command_words(&self, program: &Path) -> Vec<String> {
+    fn command_words(&self, loader: &Path, program: &Path) -> Vec<String> {
         let libraries = LIBRARY_FOLDERS.map(|folder| self.path(folder).display().to_string()).join(":");
-        vec![
-            self.path(LOADER).display().to_string(),
-            "--library-path".into(),
-            libraries,
-            program.display().to_string(),
-        ]
+        vec![loader.display().to_string(), "--library-path".into(), libraries, program.display().to_string()]
     }
 
-    /// Writes a launcher for `program`: a script that replaces itself by the program, so that its process id is
-    /// the program's.
+    /// The dynamic loader.
+    pub fn loader(&self) -> PathBuf {
+        self.path(LOADER)
+    }
+
+    /// A loader beside `program`, for one that finds its own files, and itself to start again, beside what the kernel
+    /// says it runs, which is the loader.
+    pub(super) fn loader_beside(&self, program: &Path) -> Result<PathBuf, Error> {
+        let loader = program.with_file_name("loader");
+        if !loader.exists() {
+            // Whole or not at all: someone else may do the same.
+            let partial = NamedTempFile::new_in(loader.parent().unwrap_or(&loader));
+            let copied = partial.and_then(|partial| {
+                fs::copy(self.loader(), partial.path())?;
+                Ok(partial.persist(&loader)?)
+            });
+            copied.map_err(|e| Error::Write(loader.clone(), e))?;
+        }
+        Ok(loader)
+    }
+
+    /// Writes a launcher for `program`: a script that replaces itself by the program, run by `loader`, so that its process
+    /// id is the program's.
     pub fn write_launcher(
         &self,
         at: &Path,
+        loader: &Path,
         program: &Path,
         environment: &str,
         arguments: &str,
     ) -> Result<(), Error> {
-        let words: Vec<_> = self.command_words(program).iter().map(|word| format!("'{word}'")).collect();
+        let words: Vec<_> =
+            self.command_words(loader, program).iter().map(|word| format!("'{word}'")).collect();
         let text = format!("#!/bin/sh\n{environment}exec {} {arguments} \"$@\"\n", words.join(" "));
         write_executable(at, &text).map_err(|e| Error::Write(at.into(), e))
     }
 
     /// The loader and the shared libraries `program` needs, all in this folder.
     pub fn libraries(&self, program: &Path) -> Result<Vec<PathBuf>, Error> {
-        let words = self.command_words(program);
+        let words = self.command_words(&self.loader(), program);
         let output = Command::new(&words[0])
             .arg("--list")
             .args(&words[1..])

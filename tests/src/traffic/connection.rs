@@ -3,6 +3,7 @@
 use std::io::{self, IoSlice, Read, Write};
 use std::net::TcpStream;
 use std::sync::atomic::Ordering;
+use std::thread;
 use std::time::Instant;
 
 use super::content::{BLOCK, NUMBER};
@@ -12,6 +13,9 @@ impl Shared {
     /// Moves the traffic over `stream` until it is time to stop.
     pub(super) fn serve(&self, stream: TcpStream, guest: bool) {
         let outcome = self.prepare(&stream).and_then(|()| match (self.traffic.workload, guest) {
+            (Workload::TcpOut | Workload::TcpIn, _) if self.traffic.both_ways => {
+                self.send_and_receive(&stream)
+            }
             (Workload::TcpOut, true) | (Workload::TcpIn, false) => self.send(&stream),
             (Workload::TcpOut, false) | (Workload::TcpIn, true) => self.receive(&stream),
             (Workload::TcpRr, true) => self.ask(&stream),
@@ -63,6 +67,15 @@ impl Shared {
             position += length as u64;
             self.bytes_verified.fetch_add(length as u64, Ordering::Relaxed);
         }
+    }
+
+    fn send_and_receive(&self, stream: &TcpStream) -> io::Result<()> {
+        thread::scope(|scope| {
+            let receiver = scope.spawn(|| self.receive(stream));
+            let sent = self.send(stream);
+            let received = receiver.join().map_err(|_| io::Error::other("the receiving thread died"))?;
+            sent.and(received)
+        })
     }
 
     fn ask(&self, stream: &TcpStream) -> io::Result<()> {

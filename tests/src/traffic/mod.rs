@@ -17,6 +17,7 @@ use clap::ValueEnum;
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
+use crate::link::Link;
 use content::Content;
 
 /// The port the wire's end listens on.
@@ -49,12 +50,16 @@ pub struct Traffic {
     pub connections: u16,
     /// Bytes of a ping-pong message.
     pub message: usize,
+    /// Each connection of a stream carries one the other way, too.
+    pub both_ways: bool,
+    /// The cable it flows over.
+    pub link: Link,
 }
 
 impl Traffic {
-    /// One connection, 64-byte messages.
+    /// One connection on the first cable, one way, 64-byte messages.
     pub fn new(workload: Workload) -> Self {
-        Self { workload, connections: 1, message: 64 }
+        Self { workload, connections: 1, message: 64, both_ways: false, link: Link::First }
     }
 }
 
@@ -241,8 +246,8 @@ mod tests {
     use super::content::BLOCK;
     use super::*;
 
-    fn run(workload: Workload) -> (Counts, Counts) {
-        let traffic = Traffic { connections: 2, ..Traffic::new(workload) };
+    fn run(workload: Workload, both_ways: bool) -> (Counts, Counts) {
+        let traffic = Traffic { connections: 2, both_ways, ..Traffic::new(workload) };
         // The system picks a port by binding once; nothing else here listens on loopback's high ports.
         let probe = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = probe.local_addr().expect("its address");
@@ -256,7 +261,8 @@ mod tests {
         };
         while start.elapsed() < Duration::from_secs(60) {
             let ends = [wire.counts(), guest.counts()];
-            if ends.iter().any(enough) && ends.iter().all(|counts| counts.connections == 2) {
+            let moved = if both_ways { ends.iter().all(enough) } else { ends.iter().any(enough) };
+            if moved && ends.iter().all(|counts| counts.connections == 2) {
                 break;
             }
             thread::sleep(Duration::from_millis(10));
@@ -268,7 +274,7 @@ mod tests {
     #[test]
     fn streams_arrive_as_sent() {
         for workload in [Workload::TcpOut, Workload::TcpIn] {
-            let (guest, wire) = run(workload);
+            let (guest, wire) = run(workload, false);
             let (sender, receiver) = if workload == Workload::TcpOut { (guest, wire) } else { (wire, guest) };
             assert_eq!((sender.failure, receiver.failure), (None, None));
             assert!(receiver.bytes_verified > 10 * BLOCK as u64, "{workload:?}: {}", receiver.bytes_verified);
@@ -278,8 +284,19 @@ mod tests {
     }
 
     #[test]
+    fn a_connection_carries_streams_both_ways() {
+        let (guest, wire) = run(Workload::TcpOut, true);
+        assert_eq!((&guest.failure, &wire.failure), (&None, &None));
+        for (sender, receiver) in [(&guest, &wire), (&wire, &guest)] {
+            assert!(receiver.bytes_verified > 10 * BLOCK as u64, "{receiver:?}");
+            assert!(receiver.bytes_verified <= sender.bytes_sent);
+            assert_eq!(receiver.connections, 2);
+        }
+    }
+
+    #[test]
     fn round_trips_are_timed_at_the_asking_end() {
-        let (guest, wire) = run(Workload::TcpRr);
+        let (guest, wire) = run(Workload::TcpRr, false);
         assert_eq!((guest.failure, wire.failure), (None, None));
         assert!(guest.transactions >= 8, "{}", guest.transactions);
         let latency = guest.latency_us.expect("round trips were timed");

@@ -34,7 +34,7 @@ pub enum Error {
     },
     /// Another process has the group.
     #[error(
-        "PCI function {address} is in use: {holders} has its IOMMU group {group} (/dev/vfio/{group}) open"
+        "PCI function {address} is in use: {holders} has its IOMMU group {group} (/dev/vfio/{group}) open; end that first"
     )]
     Busy {
         /// The function.
@@ -45,7 +45,7 @@ pub enum Error {
         holders: String,
     },
     /// The group or the function.
-    #[error("cannot open PCI function {address} in IOMMU group {group}; {advice}")]
+    #[error("cannot open PCI function {address} through its IOMMU group, /dev/vfio/{group}; {advice}")]
     Open {
         /// The function.
         address: PciAddress,
@@ -148,7 +148,7 @@ fn refusal(address: PciAddress, group: u32, source: VfioError) -> Error {
     }
     let advice = match (&source, code) {
         (VfioError::OpenGroup(..), Some(libc::EACCES | libc::EPERM)) => {
-            "run as root, or let this user open /dev/vfio/ and the group's number"
+            "run as root, or let this user open that file"
         }
         (VfioError::OpenGroup(..), Some(libc::ENOENT)) => "is the module vfio-pci loaded?",
         (VfioError::ContainerSetIOMMU(_), Some(libc::EPERM)) => {

@@ -39,17 +39,24 @@ pub enum Error {
     Sysfs(#[from] sysfs::Error),
 }
 
+/// The number of the function's group.
+pub fn number(function: &HostFunction) -> Result<u32, Error> {
+    function.group().ok_or(Error::NoGroup(function.address))
+}
+
 /// Checks that the function and everything in its group may go to a VM; returns the group's number.
 pub fn check(function: &HostFunction) -> Result<u32, Error> {
     let address = function.address;
+    // First: without one, vfio-pci does not take the function, and binding it would be no way out.
+    let group = number(function)?;
     if !function.is_bound_to_vfio() {
         let driver = function.driver().unwrap_or_else(|| "no driver".to_owned());
         return Err(Error::NotBound { address, driver });
     }
-    let group = function.group().ok_or(Error::NoGroup(address))?;
     let in_use = |member: &HostFunction| {
         let driver = member.driver()?;
-        (!member.is_bound_to_vfio() && !member.is_bridge())
+        // Of pci-stub the kernel knows that it does nothing.
+        (!member.is_bound_to_vfio() && !member.is_bridge() && driver != "pci-stub")
             .then(|| format!("{} (bound to {driver})", member.address))
     };
     let others: Vec<_> = function.group_members()?.iter().filter_map(in_use).collect();
@@ -78,6 +85,7 @@ mod tests {
         assert_eq!(check(&vf).unwrap(), 7);
         tree.add("0000:00:1c.0", "pcieport", 7, &[("class", "0x060400")]);
         tree.add("0000:01:10.2", "", 7, &[("class", "0x020000")]);
+        tree.add("0000:01:10.3", "pci-stub", 7, &[("class", "0x020000")]);
         tree.add("0000:01:10.4", "vfio-pci", 7, &[("class", "0x020000")]);
         tree.add("0000:01:10.6", "mlx5_vfio_pci", 7, &[("class", "0x020000"), ("vfio-dev/vfio0/dev", "1:2")]);
         assert_eq!(check(&vf).unwrap(), 7);
@@ -104,8 +112,18 @@ mod tests {
     #[test]
     fn without_an_iommu_there_is_no_group() {
         let tree = Tree::new();
+        for (address, driver) in [("01:10.0", "vfio-pci"), ("01:10.2", "igbvf"), ("01:10.4", "")] {
+            let vf = tree.add(&format!("0000:{address}"), driver, 7, &[]);
+            fs::remove_file(vf.path().join("iommu_group")).unwrap();
+            assert!(refused(&vf).contains("intel_iommu=on"), "{driver}");
+        }
+    }
+
+    #[test]
+    fn the_group_that_vfio_makes_up_without_an_iommu_is_none() {
+        let tree = Tree::new();
         let vf = tree.add("0000:01:10.0", "vfio-pci", 7, &[]);
-        fs::remove_file(vf.path().join("iommu_group")).unwrap();
-        assert!(refused(&vf).contains("intel_iommu=on"));
+        fs::write(vf.path().join("iommu_group/name"), "vfio-noiommu\n").unwrap();
+        assert!(refused(&vf).contains("is in no IOMMU group"));
     }
 }

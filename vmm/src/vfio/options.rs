@@ -23,8 +23,16 @@ impl FromStr for DeviceOptions {
             SubOptions::parse(&format!("path={text}"))?
         };
         let address = options.take_with("path", |path| {
-            let name = Path::new(path).file_name().and_then(|name| name.to_str()).unwrap_or(path);
-            name.parse::<PciAddress>().map_err(|error| error.to_string())
+            let directory = Path::new(path);
+            let name = directory.file_name().and_then(|name| name.to_str()).unwrap_or(path);
+            let address = name.parse::<PciAddress>().map_err(|error| error.to_string())?;
+            // A path from elsewhere would mean what its last part happens to name.
+            let is_bare = name == path;
+            if is_bare || directory.starts_with("/sys") {
+                Ok(address)
+            } else {
+                Err(format!("this is not the function's directory, /sys/bus/pci/devices/{address}"))
+            }
         })?;
         options.finish()?;
         Ok(Self { address: address.ok_or(suboption::Error::Missing("path="))? })
@@ -54,6 +62,10 @@ mod tests {
             ("", "is not the address of a PCI function"),
             ("eth0", "is not the address of a PCI function"),
             ("path=/sys/bus/pci/devices", "is not the address of a PCI function"),
+            (
+                "path=/tmp/0000:01:10.0",
+                "this is not the function's directory, /sys/bus/pci/devices/0000:01:10.0",
+            ),
             ("path=01:10.0,iommu=on", "unknown sub-option `iommu`"),
             ("iommu=on", "unknown sub-option `iommu`"),
         ] {

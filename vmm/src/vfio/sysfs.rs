@@ -97,7 +97,9 @@ impl HostFunction {
 
     /// The number of its IOMMU group.
     pub fn group(&self) -> Option<u32> {
-        link_name(&self.path.join("iommu_group"))?.parse().ok()
+        // VFIO makes one up where unsafe access without an IOMMU was asked of it.
+        let made_up = self.text("iommu_group/name").is_some_and(|name| name == "vfio-noiommu");
+        if made_up { None } else { link_name(&self.path.join("iommu_group"))?.parse().ok() }
     }
 
     /// All functions of its IOMMU group, itself among them.

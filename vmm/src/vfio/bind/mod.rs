@@ -112,6 +112,7 @@ pub fn bind(
     show: &mut dyn FnMut(String),
 ) -> Result<Vec<PciAddress>, Error> {
     let function = host.sysfs().function(address)?;
+    group::number(&function)?;
     if !host.sysfs().pci_bus().join("drivers/vfio-pci").exists() {
         return Err(Error::NoDriver);
     }

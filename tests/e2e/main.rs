@@ -1,0 +1,13 @@
+//! What runs inside the emulated host. One executable, so that all of it shares one: a boot costs more than most tests.
+
+mod boot;
+mod fifo;
+mod host_irqs;
+mod irq;
+mod kernels;
+mod passthrough;
+mod poll;
+mod qemu;
+mod reconnect;
+mod sriov;
+mod two_nics;
