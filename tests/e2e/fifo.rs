@@ -22,7 +22,7 @@ use ivcpu_vmm::exits::Row;
 /// Longer than any test: the IVCPU never sleeps.
 const NO_SLEEP_US: u64 = 600_000_000;
 /// Entries a measured load has to deliver.
-const ENTRIES: u64 = 4_000;
+const ENTRIES: u64 = 2_000;
 
 fn fifo() -> Setup {
     Setup { mode: Mode::Fifo, poll_us: Some("always".into()), ..Setup::default() }
@@ -82,7 +82,7 @@ fn exitless(host: &mut Host, setup: Setup, entries: u64, seconds: f64) -> Result
 
 #[test]
 fn no_device_exit_is_left() -> Result<()> {
-    in_emulated_host(|host| exitless(host, spinning(), ENTRIES, 8.0))
+    in_emulated_host(|host| exitless(host, spinning(), ENTRIES, 4.0))
 }
 
 /// With idle application vCPUs that poll for longer than the gaps, the IPIs that wake them go too.

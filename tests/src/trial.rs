@@ -4,6 +4,7 @@
 //! test it is in; all tests of an executable share one emulated host.
 
 use std::any::type_name_of_val;
+use std::io::{self, Write};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -90,7 +91,8 @@ where
             None if !failed => failed = true,
             _ => return Err(error),
         }
-        eprintln!("lab: {error:#}: running {name} again in a fresh emulated host");
+        // Past the test framework, which keeps what a test prints to itself unless the test fails.
+        let _ = writeln!(io::stderr(), "lab: {error:#}: running {name} again in a fresh emulated host");
     }
 }
 

@@ -67,7 +67,7 @@ impl Parts<'_> {
         let mut arguments: Vec<String> =
             fixed.iter().flat_map(|words| words.split(' ')).map(String::from).collect();
         arguments.extend(["-smp".into(), pcpu::COUNT.to_string()]);
-        arguments.extend(["-kernel".into(), self.kernel.image.display().to_string()]);
+        arguments.extend(["-kernel".into(), self.kernel.quickest().display().to_string()]);
         arguments.extend(["-initrd".into(), self.image.display().to_string()]);
         arguments.extend(["-append".into(), format!("{KERNEL_WORDS} {}", self.more_kernel_words)]);
         arguments.extend(["-virtfs".into(), shared(Path::new("/"), "machine", ",readonly=on")]);

@@ -87,7 +87,12 @@ impl Host {
         if !image.exists() {
             bail!("there is no {}: it is made outside, before the host boots", image.display());
         }
-        Ok((Provision::new(&self.workspace).kernel(kernel)?.image, image))
+        Ok((Provision::new(&self.workspace).kernel(kernel)?.quickest().into(), image))
+    }
+
+    /// The kernel as a VMM without a loader for ELF files wants it.
+    pub fn bz_image(&self, kernel: Kernel) -> anyhow::Result<PathBuf> {
+        Ok(Provision::new(&self.workspace).kernel(kernel)?.image)
     }
 
     /// A folder, in memory, for sockets and the FIFO region.

@@ -170,7 +170,10 @@ impl Testbed {
             // Our own VMM makes the region itself.
             Backend::create_region(host, region)?;
         }
-        let (kernel, image) = host.guest_files(setup.kernel)?;
+        let (mut kernel, image) = host.guest_files(setup.kernel)?;
+        if setup.vmm == Vmm::Alioth {
+            kernel = host.bz_image(setup.kernel)?;
+        }
         let config = VmConfig {
             vmm: setup.vmm,
             kernel,

@@ -4,6 +4,7 @@ pub mod alioth;
 mod apt;
 mod archive;
 mod unpacked;
+mod vmlinux;
 
 use std::fs;
 use std::io;
@@ -34,6 +35,9 @@ pub enum Error {
     /// A file could not be written.
     #[error("cannot write {0}: {1}")]
     Write(PathBuf, #[source] io::Error),
+    /// A kernel could not be unpacked.
+    #[error("cannot unpack the kernel {0}: {1}")]
+    Unpack(PathBuf, #[source] io::Error),
     /// A folder could not be read.
     #[error("cannot read {0}: {1}")]
     Read(PathBuf, #[source] io::Error),
@@ -91,12 +95,22 @@ impl Kernel {
 pub struct KernelFiles {
     /// The bzImage.
     pub image: PathBuf,
+    /// The same kernel unpacked, which boots sooner: of the one that the emulated host and most of its guests run. The
+    /// others are booted as they are.
+    pub vmlinux: Option<PathBuf>,
     /// `lib/modules/RELEASE`.
     pub modules: PathBuf,
     /// What `uname -r` says in it.
     pub release: String,
     /// The folder that kbuild makes modules for it from.
     pub headers: PathBuf,
+}
+
+impl KernelFiles {
+    /// What boots soonest.
+    pub fn quickest(&self) -> &Path {
+        self.vmlinux.as_ref().unwrap_or(&self.image)
+    }
 }
 
 /// Provides what the lab needs, fetching what the cache lacks.
@@ -133,7 +147,11 @@ impl Provision {
         let image = unpacked.path(&format!("boot/vmlinuz-{release}"));
         let headers = unpacked.path(&format!("usr/src/linux-headers-{release}"));
         relocate_headers(&headers)?;
-        Ok(KernelFiles { image, modules: modules.join(&release), release, headers })
+        let vmlinux = (kernel == Kernel::V6_12).then(|| unpacked.path("boot/vmlinux"));
+        if let Some(vmlinux) = &vmlinux {
+            vmlinux::unpack(&image, vmlinux).map_err(|e| Error::Unpack(image.clone(), e))?;
+        }
+        Ok(KernelFiles { image, vmlinux, modules: modules.join(&release), release, headers })
     }
 
     /// GNU make. It needs nothing but a C library as old as the one it was built with.
