@@ -14,6 +14,7 @@ use crate::serial::SerialMode;
 use crate::vcpu::CpusOptions;
 use crate::vfio;
 use crate::vfio::options::DeviceOptions;
+use crate::virtio::block::options::DiskOptions;
 use crate::virtio::net_options::NetOptions;
 
 /// A KVM virtual machine monitor whose guests take every device interrupt on one vCPU of their own, the IVCPU
@@ -44,7 +45,7 @@ pub enum Command {
 /// Run a VM.
 #[derive(Debug, Args)]
 pub struct RunOptions {
-    /// Linux kernel to boot, a bzImage such as /boot/vmlinuz-*
+    /// Linux kernel to boot: a bzImage such as /boot/vmlinuz-*, or an ELF vmlinux with a PVH entry point
     #[arg(long, value_name = "PATH")]
     pub kernel: PathBuf,
 
@@ -67,6 +68,11 @@ pub struct RunOptions {
     /// Network device, once for each: `vhost_user=true,socket=PATH[,mac=MAC][,num_queues=2N][,queue_size=256]`
     #[arg(long, value_name = "OPTIONS")]
     pub net: Vec<NetOptions>,
+
+    /// Disk, once for each: `path=PATH[,readonly=on][,direct=on][,num_queues=N][,queue_size=256][,serial=TEXT]`. PATH is a raw
+    /// image or a block device; a disk has as many queues as the VM has vCPUs unless it says otherwise
+    #[arg(long, value_name = "OPTIONS")]
+    pub disk: Vec<DiskOptions>,
 
     /// PCI function of the host to pass through, once for each: `path=/sys/bus/pci/devices/0000:01:10.0` or just its address.
     /// It must be bound to vfio-pci; `ivcpu-vmm vfio bind` does that. With --ivcpu its host interrupts go to the IVCPU's pCPU
@@ -101,6 +107,7 @@ impl From<RunOptions> for MachineOptions {
             cpus: options.cpus,
             ivcpu: options.ivcpu,
             net: options.net,
+            disks: options.disk,
             devices: options.device,
             serial: options.serial,
             exits: options.exits,

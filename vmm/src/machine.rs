@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::affinity::refresh::Refresh;
 use crate::affinity::{self, HostIrqs, IrqSource};
-use crate::boot::{acpi, cpuid, kernel, mtrr, registers, reset_vector};
+use crate::boot::{Entry, acpi, cpuid, kernel, mtrr, registers, reset_vector};
 use crate::chain::Chain;
 use crate::devices::Devices;
 use crate::exits::{self, lifetime::Lifetime};
@@ -36,6 +36,10 @@ use crate::vfio::attach::{self, attach};
 use crate::vfio::function::Windows;
 use crate::vfio::options::DeviceOptions;
 use crate::vfio::sysfs::Sysfs;
+use crate::virtio::block::image::Image;
+use crate::virtio::block::options::DiskOptions;
+use crate::virtio::block::worker::Worker;
+use crate::virtio::block::{self, Block};
 use crate::virtio::net_options::NetOptions;
 use crate::virtio::session;
 use crate::virtio::transport::{self, KickRouter, Transport, Wiring};
@@ -58,6 +62,8 @@ pub struct MachineOptions {
     pub ivcpu: Option<IvcpuOptions>,
     /// Network devices.
     pub net: Vec<NetOptions>,
+    /// Disks.
+    pub disks: Vec<DiskOptions>,
     /// The host's PCI functions that are passed through.
     pub devices: Vec<DeviceOptions>,
     /// The serial port.
@@ -105,6 +111,9 @@ pub enum Error {
     /// A virtio device.
     #[error(transparent)]
     Transport(#[from] transport::Error),
+    /// A disk.
+    #[error(transparent)]
+    Block(#[from] block::Error),
     /// Too many devices.
     #[error(transparent)]
     Bus(#[from] bus::Full),
@@ -148,6 +157,7 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     devices: Arc<Devices>,
     net: Vec<VhostUserNet>,
+    disks: Vec<Worker>,
     signals: SignalFd,
     end: Arc<EndSignal>,
     interactive: bool,
@@ -175,6 +185,12 @@ impl Machine {
         // Before any backend is connected to: it looks for the region when its session starts.
         let fifo_options = options.ivcpu.as_ref().and_then(|ivcpu| ivcpu.fifo.as_ref());
         let fifo = fifo_options.map(Fifo::open).transpose()?;
+        let images = options
+            .disks
+            .iter()
+            .map(Image::open)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(block::Error::from)?;
         let boot_files = options.kernel.open().map_err(kernel::Error::from)?;
         pin::keep_off(&placement.taken())?;
         let kvm = kvm::open()?;
@@ -213,6 +229,8 @@ impl Machine {
         let interrupts_changed =
             EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(system("make an eventfd"))?;
         let net = add_net(&mut pci, &wiring, &options.net, &mut window)?;
+        let disks =
+            add_disks(&mut pci, &wiring, options.disks.iter().zip(images), placement.vcpus(), &mut window)?;
         if let Some(fifo) = &fifo {
             let slot = KvmSlot::new(Arc::clone(&vm), slots.take(), fifo.mapping());
             add_fifo(&mut pci, fifo, slot, &mut window)?;
@@ -237,6 +255,7 @@ impl Machine {
             vcpus,
             devices,
             net,
+            disks,
             signals,
             end: Arc::new(EndSignal::new().map_err(system("make an eventfd"))?),
             interactive: options.serial == SerialMode::Tty,
@@ -279,6 +298,11 @@ impl Machine {
         }
         for net in self.net.drain(..) {
             events.add_subscriber(Box::new(net));
+        }
+
+        for (number, disk) in self.disks.drain(..).enumerate() {
+            // It ends with its device, and there is nothing to wait for: what the guest flushed is on the disk.
+            disk.start(format!("disk{number}")).map_err(system("start the thread of a disk"))?;
         }
 
         let counting = self.exits.map(Lifetime::start).transpose()?;
@@ -348,6 +372,24 @@ fn add_net(
     Ok(devices)
 }
 
+/// Puts the disks on the bus; their threads are still to be started.
+fn add_disks<'a>(
+    bus: &mut Bus,
+    wiring: &Wiring,
+    disks: impl Iterator<Item = (&'a DiskOptions, Image)>,
+    vcpus: u8,
+    window: &mut Window,
+) -> Result<Vec<Worker>, Error> {
+    let mut workers = Vec::new();
+    for (number, (options, image)) in disks.enumerate() {
+        let bar = window.place(transport::BAR_SIZE)?;
+        let (block, worker) = Block::new(options, image, number, vcpus, wiring.memory.clone())?;
+        bus.add(Arc::new(Mutex::new(Transport::new(block, wiring.clone(), bar)?)))?;
+        workers.push(worker);
+    }
+    Ok(workers)
+}
+
 /// Puts the FIFO region on the bus.
 fn add_fifo(bus: &mut Bus, fifo: &Fifo, slot: KvmSlot, window: &mut Window) -> Result<(), Error> {
     let registers = window.place(ivshmem::REGISTERS_SIZE)?;
@@ -370,7 +412,7 @@ fn create_vcpu(
     memory: &GuestMemory,
     template: &cpuid::Template,
     thread: VcpuThread,
-    entry: u64,
+    entry: Entry,
 ) -> Result<Vcpu, Error> {
     let VcpuThread { number, name, affinity } = thread;
     let fd = vm.create_vcpu(u64::from(number)).map_err(kvm::refused("a new vCPU"))?;
