@@ -15,7 +15,9 @@ use crate::vcpu::CpusOptions;
 use crate::vfio;
 use crate::vfio::options::DeviceOptions;
 use crate::virtio::block::options::DiskOptions;
+use crate::virtio::console::ConsoleMode;
 use crate::virtio::net_options::NetOptions;
+use crate::virtio::rng::RngOptions;
 
 /// A KVM virtual machine monitor whose guests take every device interrupt on one vCPU of their own, the IVCPU
 #[derive(Debug, Parser)]
@@ -57,7 +59,8 @@ pub struct RunOptions {
     #[arg(long, value_name = "TEXT", default_value = "console=ttyS0 panic=-1", allow_hyphen_values = true)]
     pub cmdline: String,
 
-    /// RAM: `size=SIZE[,shared=on][,hugepages=on|off]`
+    /// RAM: `size=SIZE[,shared=on][,hugepages=on|off][,hugepage_size=2M|1G][,prefault=on|off]`. prefault=on has the host provide all of
+    /// it before the guest starts
     #[arg(long, value_name = "OPTIONS", default_value = "size=512M")]
     pub memory: MemoryOptions,
 
@@ -82,6 +85,14 @@ pub struct RunOptions {
     /// Serial console: tty, null, off or file=PATH
     #[arg(long, value_name = "MODE", default_value = "tty")]
     pub serial: SerialMode,
+
+    /// Second console, hvc0 in Linux: off, tty (then with --serial null or off) or file=PATH
+    #[arg(long, value_name = "MODE", default_value = "off")]
+    pub console: ConsoleMode,
+
+    /// Entropy device: `src=PATH`, a character device of the host, or off
+    #[arg(long, value_name = "OPTIONS", default_value = "src=/dev/urandom")]
+    pub rng: RngOptions,
 
     /// One more vCPU, the last, that takes every device interrupt:
     /// `affinity=[3][,fifo=PATH[,fifo_size=2M]][,host_irqs=[eth0,0000:01:10.0,24]]`.
@@ -110,6 +121,8 @@ impl From<RunOptions> for MachineOptions {
             disks: options.disk,
             devices: options.device,
             serial: options.serial,
+            console: options.console,
+            rng: options.rng,
             exits: options.exits,
         }
     }

@@ -1,15 +1,18 @@
 //! Virtio 1.2 devices behind the PCI transport.
 //!
 //! [`registers`] is what the driver programs, [`transport`] the PCI function around it. The rings of [`vhost_user_net`] are
-//! served by another process over a [`session`], its [`control_queue`] here; those of [`block`] by a thread of its own.
+//! served by another process over a [`session`], its [`control_queue`] here; those of [`block`] by a thread of its own, those of [`rng`] and [`console`]
+//! by the vCPUs.
 
 pub mod block;
+pub mod console;
 pub mod control_queue;
 pub mod deadline;
 pub mod net_options;
 pub mod reconnect;
 pub mod registers;
 pub mod ring;
+pub mod rng;
 pub mod session;
 pub mod transport;
 pub mod vhost_user_net;

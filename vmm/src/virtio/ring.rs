@@ -89,3 +89,104 @@ impl Ring {
         Ok(())
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::sync::Arc;
+
+    use vm_memory::Bytes;
+
+    use super::*;
+    use crate::virtio::Activation;
+
+    const RINGS: u64 = 0x1000;
+    const STRIDE: u64 = 0x4000;
+    const SIZE: u16 = 16;
+    /// Guest memory for the buffers of a test, to the end of memory.
+    pub(in crate::virtio) const BUFFERS: u64 = 0x1_0000;
+
+    /// A driver of a device with up to three queues.
+    pub(in crate::virtio) struct Driver {
+        pub(in crate::virtio) memory: GuestMemory,
+        calls: Vec<EventFd>,
+        /// Descriptors and chains so far, by queue.
+        made: [(u16, u16); 3],
+    }
+
+    impl Driver {
+        pub(in crate::virtio) fn new() -> Self {
+            let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x2_0000)]).unwrap();
+            Self { memory, calls: Vec::new(), made: Default::default() }
+        }
+
+        /// What the device gets of it.
+        pub(in crate::virtio) fn activation(&mut self, queues: u16) -> Activation {
+            let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
+            self.calls = (0..queues).map(|_| event()).collect();
+            let queue = |index: u16| {
+                let start = RINGS + STRIDE * u64::from(index);
+                let call = self.calls[usize::from(index)].try_clone().unwrap();
+                let (descriptors, available, used) = (start, start + 0x1000, start + 0x2000);
+                Queue { index, size: SIZE, descriptors, available, used, kick: event(), call }
+            };
+            Activation { features: 0, queues: (0..queues).map(queue).collect(), config_change: Arc::default() }
+        }
+
+        /// Makes a chain of these pieces available: address, length, whether the device writes.
+        pub(in crate::virtio) fn offer(&mut self, queue: usize, pieces: &[(u64, u32, bool)]) {
+            let start = RINGS + STRIDE * queue as u64;
+            let (first, chains) = self.made[queue];
+            for (index, (address, length, device_writes)) in (first..).zip(pieces) {
+                let last = index == first + pieces.len() as u16 - 1;
+                let at = start + 16 * u64::from(index);
+                self.memory.write_obj(*address, GuestAddress(at)).unwrap();
+                self.memory.write_obj(*length, GuestAddress(at + 8)).unwrap();
+                let flags = u16::from(!last) | u16::from(*device_writes) << 1;
+                self.memory.write_obj(flags, GuestAddress(at + 12)).unwrap();
+                self.memory.write_obj(index + 1, GuestAddress(at + 14)).unwrap();
+            }
+            let slot = start + 0x1004 + 2 * u64::from(chains % SIZE);
+            self.memory.write_obj(first, GuestAddress(slot)).unwrap();
+            self.memory.write_obj(chains + 1, GuestAddress(start + 0x1002)).unwrap();
+            self.made[queue] = (first + pieces.len() as u16, chains + 1);
+        }
+
+        /// The lengths in the used ring.
+        pub(in crate::virtio) fn used(&self, queue: usize) -> Vec<u32> {
+            let start = RINGS + STRIDE * queue as u64 + 0x2000;
+            let count: u16 = self.memory.read_obj(GuestAddress(start + 2)).unwrap();
+            let length = |entry: u16| self.memory.read_obj(GuestAddress(start + 8 + 8 * u64::from(entry)));
+            (0..count).map(|entry| length(entry).unwrap()).collect()
+        }
+
+        pub(in crate::virtio) fn interrupted(&self, queue: usize) -> bool {
+            self.calls[queue].read().is_ok()
+        }
+
+        pub(in crate::virtio) fn read(&self, address: u64, length: usize) -> Vec<u8> {
+            let mut bytes = vec![0; length];
+            self.memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+            bytes
+        }
+
+        pub(in crate::virtio) fn write(&self, address: u64, bytes: &[u8]) {
+            self.memory.write_slice(bytes, GuestAddress(address)).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_index_that_jumps_is_an_error_and_no_loop() {
+        let mut driver = Driver::new();
+        let mut ring = Ring::new(driver.activation(1).queues.remove(0), 0).unwrap();
+        assert!(ring.pop(&driver.memory).unwrap().is_none());
+        driver.offer(0, &[(BUFFERS, 4, true)]);
+        let head = ring.pop(&driver.memory).unwrap().unwrap().head_index();
+        ring.add_used(&driver.memory, head, 4).unwrap();
+        ring.notify(&driver.memory).unwrap();
+        ring.notify(&driver.memory).unwrap();
+        assert_eq!((driver.used(0), driver.calls[0].read().unwrap()), (vec![4], 1), "one interrupt");
+        assert!(ring.add_used(&driver.memory, SIZE, 0).is_err(), "no such descriptor");
+        driver.write(RINGS + 0x1002, &(2 + SIZE).to_le_bytes());
+        assert!(ring.pop(&driver.memory).is_err());
+    }
+}
