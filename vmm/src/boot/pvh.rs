@@ -67,7 +67,7 @@ pub(super) fn load(
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use std::io::Write;
 
     use vm_memory::Bytes;
@@ -78,7 +78,7 @@ pub(crate) mod tests {
     const ENTRY: u32 = 0x100_0000;
 
     /// The least of an ELF: headers, a note if wanted, and one segment of code at 16 MiB.
-    pub(crate) fn elf(code: &[u8], note: bool, physical: u64, memory_size: u64) -> tempfile::NamedTempFile {
+    fn elf(code: &[u8], note: bool, physical: u64, memory_size: u64) -> tempfile::NamedTempFile {
         const NOTE_AT: u64 = 0x100;
         const CODE_AT: u64 = 0x200;
         let mut bytes = vec![0u8; CODE_AT as usize];
