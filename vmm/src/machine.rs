@@ -258,13 +258,6 @@ impl Machine {
         let net = add_net(&mut pci, &wiring, &options.net, &mut window)?;
         let disks =
             add_disks(&mut pci, &wiring, options.disks.iter().zip(images), placement.vcpus(), &mut window)?;
-        let console = Console::new(&options.console, memory.clone())?;
-        if let Some(console) = &console {
-            add_virtio(&mut pci, &wiring, console.clone(), &mut window)?;
-        }
-        if let Some(source) = &options.rng.source {
-            add_virtio(&mut pci, &wiring, Rng::new(source.clone(), memory.clone())?, &mut window)?;
-        }
         if let Some(fifo) = &fifo {
             let slot = KvmSlot::new(Arc::clone(&vm), slots.take(), fifo.mapping());
             add_fifo(&mut pci, fifo, slot, &mut window)?;
@@ -279,6 +272,14 @@ impl Machine {
             changed: &interrupts_changed,
         };
         attach(&mut pci, functions, passthrough)?;
+        // Last, so that a device there is by default moves no other one.
+        let console = Console::new(&options.console, memory.clone())?;
+        if let Some(console) = &console {
+            add_virtio(&mut pci, &wiring, console.clone(), &mut window)?;
+        }
+        if let Some(source) = &options.rng.source {
+            add_virtio(&mut pci, &wiring, Rng::new(source.clone(), memory.clone())?, &mut window)?;
+        }
         let devices = Arc::new(Devices { serial, pci });
 
         let mut vcpus = Vec::new();

@@ -211,7 +211,8 @@ fn huge_pages_that_are_not_there() {
 
 #[test]
 fn a_source_of_randomness_that_is_none() {
-    let words = ["--kernel", path(kernel(0).path()), "--rng", "src=/etc/passwd"];
+    let kernel = kernel(0);
+    let words = ["--kernel", path(kernel.path()), "--rng", "src=/etc/passwd"];
     assert_says(&refused_with_kvm(&words), "is no character device");
 }
 
