@@ -61,6 +61,12 @@ fn options_that_are_not_understood() {
         (&["--kernel", "x", "--cpus", "boot=1,affinity=[0@[99999]]"], "99999"),
         (&["--kernel", "x", "--memory", "size=lots"], "such as 512M"),
         (&["--kernel", "x", "--net", "tap=tap0"], "unknown sub-option `tap`"),
+        (&["--kernel", "x", "--disk", "readonly=on"], "`path=` is missing"),
+        (&["--kernel", "x", "--disk", "path=a,format=qcow2"], "unknown sub-option `format`"),
+        (&["--kernel", "x", "--memory", "hugepages=on,hugepage_size=3M"], "expected 2M or 1G"),
+        (&["--kernel", "x", "--console", "pty"], "expected off, tty or file=PATH"),
+        (&["--kernel", "x", "--rng", "off=1"], "unknown sub-option `off`"),
+        (&["--kernel", "x", "--console", "tty"], "both want the terminal"),
         (&["--kernel", "x", "--ivcpu", "affinity=[0],fast=on"], "unknown sub-option `fast`"),
         (&["--kernel", "x", "--device", "eth0"], "`eth0` is not the address of a PCI function"),
         (&["--kernel", "x", "--device", "path=01:10.0,iommu=on"], "unknown sub-option `iommu`"),
@@ -167,6 +173,47 @@ fn fifo_regions_that_are_none() {
     std::fs::write(&file, vec![b'x'; 2 << 20]).unwrap();
     assert_says(&refused(&file, ",fifo_size=4M"), "fifo_size= says 4194304");
     assert_says(&refused(&file, ""), "no FIFO region: it starts with 0x7878787878787878");
+}
+
+#[test]
+fn disks_that_are_none() {
+    let kernel = kernel(0);
+    let refused = |disk: &str| refused(&["--kernel", path(kernel.path()), "--disk", disk]);
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("disk");
+    let file = path(&file);
+    assert_says(&refused(&format!("path={file}")), "cannot open the disk image");
+    assert_says(&refused("path=/etc"), "neither a regular file nor a block device");
+    std::fs::write(file, [0; 1000]).unwrap();
+    assert_says(&refused(&format!("path={file}")), "has 1000 bytes, which are no whole sectors");
+    std::fs::write(file, [0; 1024]).unwrap();
+    let words = [
+        "--kernel",
+        path(kernel.path()),
+        "--disk",
+        &format!("path={file}"),
+        "--disk",
+        &format!("path={file}"),
+    ];
+    assert_says(&self::refused(&words), "in use, by another VM or as another disk");
+    let options = format!("path={file},readonly=on").parse().unwrap();
+    let _reader = ivcpu_vmm::virtio::block::image::Image::open(&options).unwrap();
+    assert_says(&refused(&format!("path={file}")), "only disks that are all readonly=on can share one");
+}
+
+#[test]
+fn huge_pages_that_are_not_there() {
+    let kernel = kernel(0);
+    // More than there can be.
+    let words = ["--kernel", path(kernel.path()), "--memory", "size=1T,hugepages=on"];
+    assert_says(&refused_with_kvm(&words), "the VM needs 524288 huge pages of 2M");
+}
+
+#[test]
+fn a_source_of_randomness_that_is_none() {
+    let kernel = kernel(0);
+    let words = ["--kernel", path(kernel.path()), "--rng", "src=/etc/passwd"];
+    assert_says(&refused_with_kvm(&words), "is no character device");
 }
 
 #[test]

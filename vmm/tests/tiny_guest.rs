@@ -73,6 +73,8 @@ mod code {
         vec![0xc6, 0x04, 0x25, a, b, c, d, byte] // mov byte [address], byte
     }
 
+    /// Writes the byte that ebx points at to COM1.
+    pub(super) const PRINT_AT_EBX: [u8; 7] = [0x66, 0xba, 0xf8, 0x03, 0x8a, 0x03, 0xee]; // mov dx, 0x3f8; mov al, [ebx]; out dx, al
     /// There is no interrupt table: an invalid instruction is a triple fault.
     pub(super) const CRASH: [u8; 2] = [0x0f, 0x0b];
     /// Sleeps and is never woken.
@@ -91,6 +93,27 @@ fn image(code: &[u8]) -> tempfile::NamedTempFile {
     bytes[0x238..0x23c].copy_from_slice(&2047u32.to_le_bytes()); // longest command line
     bytes.extend(code);
     bytes.resize(1024 + 0x2000, 0xf4);
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(&bytes).unwrap();
+    file
+}
+
+/// An ELF kernel with a PVH entry point, whose segment at 16 MiB is `code`.
+fn elf(code: &[u8]) -> tempfile::NamedTempFile {
+    const ENTRY: u64 = 16 << 20;
+    let note =
+        [&[4u32, 4, 18].map(u32::to_le_bytes).concat()[..], b"Xen\0", &(ENTRY as u32).to_le_bytes()].concat();
+    let header = |kind: u32, offset: u64, length: usize| {
+        let words = [offset, 0, ENTRY, length as u64, length as u64, 0].map(u64::to_le_bytes).concat();
+        [&kind.to_le_bytes()[..], &[0; 4], &words].concat()
+    };
+    let mut bytes = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
+    bytes.extend([ENTRY, 64, 0].map(u64::to_le_bytes).concat());
+    bytes.extend([0u16, 0, 64, 56, 2, 0, 0, 0].map(u16::to_le_bytes).concat());
+    bytes.extend(header(4, 64 + 2 * 56, note.len()));
+    bytes.extend(header(1, 64 + 2 * 56 + note.len() as u64, code.len()));
+    bytes.extend(note);
+    bytes.extend(code);
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(&bytes).unwrap();
     file
@@ -142,6 +165,49 @@ fn a_guest_prints_and_switches_off() {
     assert_eq!(String::from_utf8_lossy(&output.stdout), "hello\nworld", "{}", stderr(&output));
     assert_eq!(stderr(&output), "ivcpu-vmm: guest powered off\n");
     assert_eq!(output.status.code(), Some(0));
+}
+
+#[test]
+fn an_elf_kernel_is_entered_as_pvh_has_it() {
+    if !has_kvm("an_elf_kernel_is_entered_as_pvh_has_it") {
+        return;
+    }
+    let kernel = elf(&[code::print(b"pvh "), code::PRINT_AT_EBX.to_vec(), code::power_off()].concat());
+    let words = ["--kernel", kernel.path().to_str().unwrap(), "--memory", "size=64M,prefault=on"];
+    let output = vmm().args(words).output().unwrap();
+    // The first byte of the start info's magic number, which ebx points at.
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "pvh x", "{}", stderr(&output));
+    assert_eq!(output.status.code(), Some(0));
+}
+
+#[test]
+fn a_vm_with_every_device_several_times_has_their_threads() {
+    if !has_kvm("a_vm_with_every_device_several_times_has_their_threads") {
+        return;
+    }
+    let kernel = image(&[code::print(b"asleep\n"), code::SLEEP.to_vec()].concat());
+    let folder = tempfile::tempdir().unwrap();
+    let disks: Vec<_> = (0..4)
+        .map(|number| {
+            let path = folder.path().join(number.to_string());
+            std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
+            format!("--disk=path={}", path.display())
+        })
+        .collect();
+    let console = format!("--console=file={}", folder.path().join("console").display());
+    let mut child = vmm().arg("--kernel").arg(kernel.path()).args(&disks).arg(console).spawn().unwrap();
+    let mut line = [0; 7];
+    if child.stdout.as_mut().unwrap().read_exact(&mut line).is_err() {
+        let output = child.wait_with_output().unwrap();
+        assert!(stderr(&output).contains("io_uring"), "{}", stderr(&output));
+        return eprintln!("SKIPPED: {}", stderr(&output));
+    }
+    let names = thread_names(child.id());
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
+    assert_eq!(wait_within(&mut child, Duration::from_secs(5)), 143);
+    for name in ["disk0", "disk1", "disk2", "disk3"] {
+        assert!(names.iter().any(|there| there == name), "{name} among {names:?}");
+    }
 }
 
 #[test]
