@@ -25,6 +25,7 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use crate::mapped::Mapped;
 use crate::memory::{Access, Chains};
+use crate::stats::Counter;
 
 /// Why a ring was stopped.
 #[derive(Debug, thiserror::Error)]
@@ -115,6 +116,8 @@ pub struct Ring {
     mergeable: bool,
     header: usize,
     kicks_wanted: bool,
+    /// How often the ring was stopped for good.
+    stopped: Arc<Counter>,
 }
 
 impl Ring {
@@ -139,12 +142,15 @@ impl Ring {
             mergeable: false,
             header: 12,
             kicks_wanted: true,
+            stopped: Arc::default(),
         })
     }
 
-    /// Names the ring in messages and sets which way its buffers are used.
-    pub fn set_role(&mut self, name: String, access: Access) {
+    /// Names the ring in messages, sets which way its buffers are used, and where it is counted that it had to be
+    /// stopped.
+    pub fn set_role(&mut self, name: String, access: Access, stopped: Arc<Counter>) {
         self.name = name;
+        self.stopped = stopped;
         self.chains.set_access(access);
     }
 
@@ -443,6 +449,8 @@ impl Ring {
         if std::mem::replace(&mut self.broken, true) {
             return;
         }
+        // Whoever is here holds the ring, so there is one writer at a time.
+        self.stopped.add(1);
         tracing::error!("{}: {error}; the ring is stopped until the frontend sets it up anew", self.name);
         self.untake();
         if let Some(mut file) = self.error.as_ref() {
