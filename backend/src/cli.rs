@@ -277,8 +277,20 @@ impl FromStr for PcpuList {
     }
 }
 
-/// QEMU's convention for programs it may start: what kind of device this is.
-pub const CAPABILITIES: &str = r#"{"type": "net"}"#;
+/// The file by which management software finds this program: QEMU's `docs/interop/vhost-user.json`.
+const DESCRIPTION: &str = include_str!("../share/50-ivcpu-backend.json");
+
+/// QEMU's convention for programs it may start: what kind of device this is. The answer's other members say the same
+/// as the description.
+pub fn capabilities() -> serde_json::Result<String> {
+    /// What is said of the description.
+    #[derive(serde::Deserialize, serde::Serialize)]
+    struct Capabilities<'a> {
+        r#type: &'a str,
+        tags: Vec<&'a str>,
+    }
+    serde_json::to_string(&serde_json::from_str::<Capabilities<'_>>(DESCRIPTION)?)
+}
 
 #[cfg(test)]
 mod tests {

@@ -13,6 +13,7 @@ use crate::affinity;
 use crate::cli::Options;
 use crate::door::{self, Budget, Doorway, Inherited, MAX_REGIONS};
 use crate::fifo::{self, Place};
+use crate::lost_memory;
 use crate::notify::{self, Activation};
 use crate::port::{Connection, PortOptions};
 use crate::sandbox::{self, Files, Role, Sandbox, Wanted};
@@ -121,15 +122,19 @@ pub fn run(options: &Options) -> Result<(), Error> {
     let quit = Quit::new(ports.len()).map_err(system("create an eventfd"))?;
     let signals = Signals::new([SIGTERM, SIGINT]).map_err(system("catch signals"))?;
 
+    lost_memory::survive().map_err(|error| system("catch SIGBUS")(error.into()))?;
     let files = options.landlock.then(|| files(options, &ports));
     let sandbox = Sandbox::enter(&Wanted { user: options.user.as_ref(), seccomp: options.seccomp, files })?;
     catch_signals(signals, &quit, &sandbox)?;
-    show(&stats_socket, "stats", &board, &sandbox, Board::serve_json)?;
-    show(&metrics_socket, "metrics", &board, &sandbox, Board::serve_metrics)?;
-    serve(opened, sockets, &quit, &sandbox, &board)
+    // Who gets an answer there knows that everything has started.
+    let show = || {
+        show(&stats_socket, "stats", &board, &sandbox, Board::serve_json)?;
+        show(&metrics_socket, "metrics", &board, &sandbox, Board::serve_metrics)
+    };
+    serve(opened, sockets, &quit, &sandbox, &board, show)
 }
 
-/// Serves `ports`, each on a thread of its own, until the last has ended. A port that fails ends the program only when
+/// Serves `ports`, each on a thread of its own, until the last has ended; `started` is called once all run. A port that fails ends the program only when
 /// it is the only one; otherwise its socket goes, and the others go on.
 fn serve(
     ports: Vec<Port<'_>>,
@@ -137,6 +142,7 @@ fn serve(
     quit: &Quit,
     sandbox: &Sandbox,
     board: &Board,
+    started: impl FnOnce() -> Result<(), Error>,
 ) -> Result<(), Error> {
     let count = ports.len();
     let (ended, ends) = mpsc::channel();
@@ -160,9 +166,9 @@ fn serve(
             }
         }
         drop(ended);
-        if let Err(error) = sandbox.confine(Role::Main) {
+        if let Err(error) = started().and_then(|()| Ok(sandbox.confine(Role::Main)?)) {
             quit.ask();
-            return Err(error.into());
+            return Err(error);
         }
         notify::ready(board);
         let mut failure = None;

@@ -91,8 +91,9 @@ pub struct UsedRing {
 
 /// One virtqueue.
 pub struct Ring {
-    /// Which of the device's rings this is, for messages.
+    /// Which of the device's rings this is, and whose, for messages.
     name: String,
+    port: tracing::Span,
     queue: Queue,
     /// Counts how often the ring was started.
     start: Wrapping<u32>,
@@ -125,6 +126,7 @@ impl Ring {
     pub fn new(memory: Arc<GuestMemoryMmap>, max_size: u16) -> Result<Self, virtio_queue::Error> {
         Ok(Ring {
             name: String::new(),
+            port: tracing::Span::none(),
             queue: Queue::new(max_size)?,
             start: Wrapping(0),
             chains: Chains::new(memory, Access::Read),
@@ -150,6 +152,7 @@ impl Ring {
     /// stopped.
     pub fn set_role(&mut self, name: String, access: Access, stopped: Arc<Counter>) {
         self.name = name;
+        self.port = tracing::Span::current();
         self.stopped = stopped;
         self.chains.set_access(access);
     }
@@ -269,7 +272,7 @@ impl Ring {
         };
         match parts {
             Ok(parts) => self.parts = Some(parts),
-            Err(problem) => tracing::warn!("{}: {problem}; the ring pauses until that changes", self.name),
+            Err(problem) => tracing::warn!(parent: &self.port, "{}: {problem}; the ring pauses until that changes", self.name),
         }
     }
 
@@ -451,7 +454,7 @@ impl Ring {
         }
         // Whoever is here holds the ring, so there is one writer at a time.
         self.stopped.add(1);
-        tracing::error!("{}: {error}; the ring is stopped until the frontend sets it up anew", self.name);
+        tracing::error!(parent: &self.port, "{}: {error}; the ring is stopped until the frontend sets it up anew", self.name);
         self.untake();
         if let Some(mut file) = self.error.as_ref() {
             let _ = file.write(&1u64.to_ne_bytes());

@@ -155,6 +155,10 @@ impl Session<'_> {
                 poll: self.options.poll_us,
                 stats: [to_guest.clone(), from_guest.clone()],
                 stop: threads.stop.clone(),
+                hang_up: Box::new({
+                    let connection = connection.clone();
+                    move || drop(connection.shutdown(Shutdown::Both))
+                }),
             };
             let pcpu = (!pcpus.is_empty()).then(|| pcpus.get(index % pcpus.len()).copied()).flatten();
             let hang_up = HangUp(connection.clone());
@@ -181,7 +185,7 @@ impl Session<'_> {
             (&pair.to_guest, 2 * pair.index, "to guest", Access::Write),
             (&pair.from_guest, 2 * pair.index + 1, "from guest", Access::Read),
         ] {
-            let name = format!("{}: ring {index} ({way})", self.options.name);
+            let name = format!("ring {index} ({way})");
             let stopped = self.stats.ring(index).map(|stats| stats.stopped.clone()).unwrap_or_default();
             vring.control(|ring| ring.set_role(name, access, stopped));
         }

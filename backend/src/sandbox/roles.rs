@@ -49,6 +49,8 @@ const ANY: &[i64] = &[
     libc::SYS_nanosleep,
     libc::SYS_read,
     libc::SYS_restart_syscall,
+    // Guest memory that was lost: the handler may have to go.
+    libc::SYS_rt_sigaction,
     libc::SYS_rt_sigprocmask,
     libc::SYS_rt_sigreturn,
     libc::SYS_sched_yield,
@@ -65,7 +67,6 @@ const MAIN: &[i64] = &[
     libc::SYS_ppoll,
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
-    libc::SYS_rt_sigaction,
     libc::SYS_shutdown,
     libc::SYS_statx,
     libc::SYS_unlink,
