@@ -272,7 +272,9 @@ impl Ring {
         };
         match parts {
             Ok(parts) => self.parts = Some(parts),
-            Err(problem) => tracing::warn!(parent: &self.port, "{}: {problem}; the ring pauses until that changes", self.name),
+            Err(problem) => {
+                tracing::warn!(parent: &self.port, "{}: {problem}; the ring pauses until that changes", self.name)
+            }
         }
     }
 

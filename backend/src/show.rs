@@ -154,11 +154,13 @@ fn receive(mut reader: impl Read) -> io::Result<Method> {
 fn parse(request: &[u8]) -> Result<Option<Method>, httparse::Error> {
     let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut parsed = httparse::Request::new(&mut headers);
-    Ok(parsed.parse(request)?.is_complete().then(|| match parsed.method {
+    let is_whole = parsed.parse(request)?.is_complete();
+    let method = match parsed.method {
         Some("GET") => Method::Get,
         Some("HEAD") => Method::Head,
         _ => Method::Other,
-    }))
+    };
+    Ok(is_whole.then_some(method))
 }
 
 #[cfg(test)]

@@ -58,11 +58,8 @@ fn what_is_offered_is_what_the_documents_say() {
     let features = frontend.get_features().unwrap();
     let mut frontend = frontend;
     let protocol = frontend.get_protocol_features().unwrap();
-    let expected = Protocol::MQ
-        | Protocol::REPLY_ACK
-        | Protocol::MTU
-        | Protocol::CONFIG
-        | Protocol::CONFIGURE_MEM_SLOTS;
+    let expected =
+        Protocol::MQ | Protocol::REPLY_ACK | Protocol::MTU | Protocol::CONFIG | Protocol::CONFIGURE_MEM_SLOTS;
     assert_eq!(protocol, expected);
     // VERSION_1, IN_ORDER, EVENT_IDX, INDIRECT_DESC, protocol features, MQ, GUEST_ANNOUNCE, CTRL_RX, CTRL_VQ, STATUS,
     // MRG_RXBUF, CTRL_MAC_ADDR, MTU; a null uplink has no offloads.
@@ -227,9 +224,7 @@ fn a_ring_where_no_memory_is_is_refused() {
     let backend = Backend::start(&["--uplink", "loop"]);
     let frontend = agreed(&backend.socket());
     let guest = Guest::new(1, MODERN);
-    frontend
-        .set_mem_table(&[VhostUserMemoryRegionInfo::from_guest_region(guest.region()).unwrap()])
-        .unwrap();
+    frontend.set_mem_table(&[VhostUserMemoryRegionInfo::from_guest_region(guest.region()).unwrap()]).unwrap();
     let nowhere = VringConfigData {
         queue_max_size: SIZE,
         queue_size: SIZE,

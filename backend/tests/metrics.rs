@@ -68,7 +68,10 @@ fn counters_are_those_of_the_traffic() {
         assert_eq!(value(&text, &format!("{metric}{{{from_guest}}}")), expected, "{metric}");
     }
     for (reason, expected) in [("malformed", 1), ("too_large", 0), ("refused", 0), ("disabled", 0)] {
-        assert_eq!(value(&text, &format!(r#"ivcpu_dropped_total{{{from_guest},reason="{reason}"}}"#)), expected);
+        assert_eq!(
+            value(&text, &format!(r#"ivcpu_dropped_total{{{from_guest},reason="{reason}"}}"#)),
+            expected
+        );
     }
     assert_eq!(value(&text, r#"ivcpu_connected{port="a"}"#), 1);
     assert_eq!(value(&text, r#"ivcpu_connected{port="b"}"#), 0);

@@ -2,6 +2,7 @@
 
 mod guest;
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
@@ -12,6 +13,9 @@ use std::time::Duration;
 use guest::*;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use vhost::VhostBackend;
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
 
 const MODERN: u64 = VERSION_1 | MRG_RXBUF | EVENT_IDX;
 
@@ -117,9 +121,44 @@ fn the_description_is_that_of_the_program() {
     let unit = std::fs::read_to_string(share("ivcpu-backend@.service")).unwrap();
     assert!(unit.contains(&format!("ExecStart={binary} ")));
     assert_eq!(Path::new(binary).file_name(), Path::new(env!("CARGO_BIN_EXE_ivcpu-backend")).file_name());
-    // Frontends are told the same features by the program.
+    assert_eq!(capabilities.as_object().unwrap().len(), 1, "network devices have nothing else");
+
+    // What the tags say is what frontends are told; a TAP device's features need one.
     let tags = description["tags"].as_array().unwrap();
-    assert_eq!(capabilities["tags"].as_array().unwrap(), tags);
+    let names = |kind: &str| -> Vec<&str> {
+        let words = tags.iter().find_map(|tag| tag.as_str().unwrap().strip_prefix(kind)).unwrap();
+        words.split(',').collect()
+    };
+    let words = ["--uplink", "null", "--queue-pairs", "2", "--mac", "52:54:00:12:34:56", "--mtu", "1500"];
+    let backend = Backend::start(&words);
+    let mut frontend = Frontend::connect(backend.socket(), 4).unwrap();
+    frontend.set_owner().unwrap();
+    let features = frontend.get_features().unwrap();
+    for name in names("features=") {
+        let bit = match name {
+            "version-1" => 32,
+            "in-order" => 35,
+            "event-idx" => 29,
+            "indirect-desc" => 28,
+            "mrg-rxbuf" => 15,
+            "status" => 16,
+            "mq" => 22,
+            "ctrl-vq" => 17,
+            "mac" => 5,
+            "mtu" => 3,
+            _ => panic!("{name}"),
+        };
+        assert!(features & 1 << bit != 0, "{name}");
+    }
+    let protocol = names("protocol-features=").into_iter().map(|name| match name {
+        "mq" => VhostUserProtocolFeatures::MQ,
+        "reply-ack" => VhostUserProtocolFeatures::REPLY_ACK,
+        "net-mtu" => VhostUserProtocolFeatures::MTU,
+        "config" => VhostUserProtocolFeatures::CONFIG,
+        "configure-mem-slots" => VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS,
+        _ => panic!("{name}"),
+    });
+    assert_eq!(frontend.get_protocol_features().unwrap(), protocol.collect());
 }
 
 #[test]
@@ -147,4 +186,71 @@ fn the_units_are_sound_and_hardened() {
     // In tenths; the most exposed service has 10.0, the least 0.0.
     let (low, said) = analyze(&["security", "--no-pager", "--offline=true", "--threshold=20"], &[&service]);
     assert!(low, "{said}");
+}
+
+/// The system calls of the words of a `SystemCallFilter=`, sets taken apart by the program that knows them.
+fn system_calls(words: &str) -> BTreeSet<i64> {
+    let mut calls = BTreeSet::new();
+    for word in words.split_whitespace() {
+        if word.starts_with('@') {
+            let output = Command::new("systemd-analyze").args(["syscall-filter", word]).output().unwrap();
+            let text = String::from_utf8(output.stdout).unwrap();
+            let names = text.lines().skip(1).map(str::trim).filter(|name| !name.starts_with('#'));
+            calls.extend(system_calls(&names.collect::<Vec<_>>().join(" ")));
+        } else if let Ok(call) = word.parse::<syscalls::Sysno>() {
+            calls.insert(call.id().into());
+        }
+    }
+    calls
+}
+
+#[test]
+fn the_program_needs_no_system_call_that_its_unit_forbids() {
+    use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+    if Command::new("systemd-analyze").arg("--version").output().is_err() {
+        return eprintln!("SKIPPED: there is no systemd-analyze");
+    }
+    // Lists add to what was said before; one with a tilde takes away. The rest is always allowed.
+    let mut allowed = system_calls("@default");
+    let unit = std::fs::read_to_string(share("ivcpu-backend@.service")).unwrap();
+    for words in unit.lines().filter_map(|line| line.strip_prefix("SystemCallFilter=")) {
+        match words.strip_prefix('~') {
+            Some(words) => allowed = &allowed - &system_calls(words),
+            None => allowed.extend(system_calls(words)),
+        }
+    }
+    assert!(allowed.len() > 200 && !allowed.contains(&libc::SYS_mount));
+    let filter = SeccompFilter::new(
+        allowed.into_iter().map(|call| (call, Vec::new())).collect(),
+        SeccompAction::Errno(libc::EPERM as u32),
+        SeccompAction::Allow,
+        std::env::consts::ARCH.try_into().unwrap(),
+    );
+    let program: BpfProgram = filter.unwrap().try_into().unwrap();
+
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ivcpu-backend"));
+    command.args(["--socket-path", &path("vu"), "--stats-socket", &path("stats"), "--uplink", "loop"]);
+    command.args(["--metrics-socket", &path("metrics"), "--fifo", &format!("path={}", path("none"))]);
+    command.stdin(Stdio::null()).stderr(Stdio::piped());
+    // SAFETY: between fork and exec there are two system calls and no allocation.
+    unsafe {
+        command.pre_exec(move || seccompiler::apply_filter(&program).map_err(std::io::Error::other));
+    }
+    let mut child = command.spawn().unwrap();
+    until("it listens", || Path::new(&path("stats")).exists());
+    let mut guest = Guest::new(1, MODERN);
+    guest.connect(Path::new(&path("vu")));
+    guest.fill(0);
+    (0..20).for_each(|index| loop_once(&mut guest, index, &frame(100)));
+    let shown = std::io::read_to_string(UnixStream::connect(path("stats")).unwrap()).unwrap();
+    assert!(shown.contains(r#""sessions":1"#), "{shown}");
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
+    let status = child.wait().unwrap();
+    let said = std::io::read_to_string(child.stderr.take().unwrap()).unwrap();
+    assert!(status.success(), "{said}");
+    // That there is no region is all there is to say.
+    assert!(said.lines().count() == 1 && said.contains("cannot open FIFO region"), "{said}");
+    assert!(!Path::new(&path("vu")).exists());
 }

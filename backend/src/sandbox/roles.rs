@@ -140,9 +140,9 @@ const FCNTL: Limited = (
 const FCNTL_LOCK: Limited = (libc::SYS_fcntl, 1, &[libc::F_OFD_SETLK as u64]);
 /// What a TAP device is told: by messages, and by a poll thread that takes its queue in and out of use.
 const IOCTL_OFFLOADS: Limited =
-    (libc::SYS_ioctl, 1, &[libc::TUNSETOFFLOAD as u64, libc::TUNSETVNETHDRSZ as u64, libc::FIONBIO as u64]);
-const IOCTL_QUEUE: Limited = (libc::SYS_ioctl, 1, &[libc::TUNSETQUEUE as u64]);
-const IOCTL_NONBLOCK: Limited = (libc::SYS_ioctl, 1, &[libc::FIONBIO as u64]);
+    (libc::SYS_ioctl, 1, &[libc::TUNSETOFFLOAD, libc::TUNSETVNETHDRSZ, libc::FIONBIO]);
+const IOCTL_QUEUE: Limited = (libc::SYS_ioctl, 1, &[libc::TUNSETQUEUE]);
+const IOCTL_NONBLOCK: Limited = (libc::SYS_ioctl, 1, &[libc::FIONBIO]);
 /// The name of a thread, read when a forbidden call is named.
 const PRCTL_NAME: Limited = (libc::SYS_prctl, 0, &[libc::PR_GET_NAME as u64]);
 /// The start of a thread: its name, and the filter it puts on.
