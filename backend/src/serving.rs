@@ -160,7 +160,15 @@ impl Port<'_> {
             if !quit.is_asked() {
                 notify::status(board);
             }
-            Ok(result?)
+            match result {
+                // Out of descriptors, threads or memory before it began: that passes, and the frontend may come again.
+                Err(error) if session.is_whole() => {
+                    tracing::warn!("{error}");
+                    std::thread::sleep(Duration::from_millis(100));
+                    Ok(())
+                }
+                result => Ok(result?),
+            }
         };
         match source {
             Source::Connected(frontend) => serve(frontend),

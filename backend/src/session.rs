@@ -91,7 +91,11 @@ impl Session<'_> {
         let passage = Passage { doorway: self.doorway, budget: self.budget, mtu, sandbox: self.sandbox };
         let (mut listener, relay) = Relay::start(frontend, passage)?;
         let poll_threads = self.start(rings, &connection)?;
-        daemon.start(&mut listener).map_err(Error::Start)?;
+        if let Err(error) = daemon.start(&mut listener) {
+            drop(relay);
+            poll_threads.stop(&mut self.pairs)?;
+            return Err(Error::Start(error));
+        }
         self.stats.sessions.add(1);
         tracing::info!("a frontend connected");
         // Whatever ends a session, the next frontend gets its chance.
@@ -101,10 +105,15 @@ impl Session<'_> {
             }
             Err(error) => tracing::warn!("the session ended: {error}"),
         }
-        relay.close();
+        drop(relay);
         let result = poll_threads.stop(&mut self.pairs);
         self.stats.set_fifo(None);
         result
+    }
+
+    /// Whether another session can follow one that failed: nothing of the uplink was lost with it.
+    pub fn is_whole(&self) -> bool {
+        self.pairs.len() == usize::from(self.options.queue_pairs)
     }
 
     /// Claims a ring of the FIFO region for each poll thread. Whatever is wrong with it, the session goes on: without

@@ -122,10 +122,10 @@ pub struct Passage<'a> {
     pub sandbox: &'a Sandbox,
 }
 
-/// A relay at work.
+/// A relay at work. When it is dropped the connection is closed, and its thread has ended.
 pub struct Relay {
     frontend: UnixStream,
-    thread: JoinHandle<()>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Relay {
@@ -152,13 +152,16 @@ impl Relay {
             let _ = stream.shutdown(Shutdown::Both);
             let _ = ours.shutdown(Shutdown::Both);
         })?;
-        Ok((listener.into(), Relay { frontend, thread }))
+        Ok((listener.into(), Relay { frontend, thread: Some(thread) }))
     }
+}
 
-    /// Closes the connection and waits for the relay's end.
-    pub fn close(self) {
+impl Drop for Relay {
+    fn drop(&mut self) {
         let _ = self.frontend.shutdown(Shutdown::Both);
-        let _ = self.thread.join();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 
@@ -300,7 +303,7 @@ mod tests {
 
         drop(backend);
         assert_eq!(frontend.read(&mut reply).unwrap(), 0);
-        relay.close();
+        drop(relay);
     }
 
     #[test]
@@ -309,7 +312,7 @@ mod tests {
         let (_backend, relay) = start(inside);
         frontend.write_all(&[1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0]).unwrap();
         assert_eq!(frontend.read(&mut [0; 1]).unwrap(), 0);
-        relay.close();
+        drop(relay);
     }
 
     #[test]
@@ -343,6 +346,6 @@ mod tests {
         let mut next = [0; 12];
         backend.read_exact(&mut next).unwrap();
         assert_eq!(next[..], question(17));
-        relay.close();
+        drop(relay);
     }
 }
