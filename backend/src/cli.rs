@@ -43,7 +43,7 @@ pub struct Options {
 
     /// Connect to the frontend, which listens on the socket of --socket-path, instead of waiting for it; again whenever
     /// it leaves.
-    #[arg(long, requires = "socket_path")]
+    #[arg(long, requires = "socket_path", conflicts_with = "fd")]
     pub client: bool,
 
     /// Queue pairs, each with a poll thread of its own.
@@ -288,4 +288,58 @@ pub fn capabilities() -> serde_json::Result<String> {
         r#type: &'a str,
     }
     serde_json::to_string(&serde_json::from_str::<Capabilities<'_>>(DESCRIPTION)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uplinks_are_known_by_their_words() {
+        assert_eq!("tap:t0".parse(), Ok(UplinkKind::Tap("t0".into())));
+        assert_eq!("gen:1500".parse(), Ok(UplinkKind::Generator { size: 1500 }));
+        for bad in ["tap", "tap:", "null:1", "gen:13", "gen:65536", "bridge:br0", ""] {
+            assert!(bad.parse::<UplinkKind>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn options_without_a_port_make_one_with_the_same_defaults() {
+        let parse = |words: &[&str]| Options::try_parse_from([&["ivcpu-backend"], words].concat()).unwrap();
+        let single = parse(&["--socket-path", "/run/a", "--uplink", "null"]);
+        let several =
+            parse(&["--port", "socket=/run/a,uplink=null", "--port", "socket=/run/b,uplink=null,name=b"]);
+        assert_eq!(single.ports()[0], several.ports()[0]);
+        assert_eq!(several.ports().iter().map(|port| &port.name).collect::<Vec<_>>(), ["port0", "b"]);
+        assert_eq!(parse(&["--print-capabilities"]).ports(), []);
+    }
+
+    #[test]
+    fn pcpu_lists_are_those_of_cloud_hypervisor() {
+        assert_eq!("[2]".parse(), Ok(PcpuList(vec![2])));
+        assert_eq!("[2-4,7]".parse(), Ok(PcpuList(vec![2, 3, 4, 7])));
+        for bad in ["2", "[]", "[3-2]", "[a]", "[1,]", "[0-99999999]"] {
+            assert!(bad.parse::<PcpuList>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn mac_addresses_are_unicast() {
+        assert_eq!("52:54:00:12:34:56".parse(), Ok(MacAddress([0x52, 0x54, 0, 0x12, 0x34, 0x56])));
+        for bad in ["", "52:54:00:12:34", "52:54:00:12:34:5", "53:54:00:12:34:56", "52:54:00:12:34:56:78"] {
+            assert!(bad.parse::<MacAddress>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_connection_is_required_and_only_one() {
+        assert!(Options::try_parse_from(["x", "--uplink", "null"]).is_err());
+        assert!(
+            Options::try_parse_from(["x", "--uplink", "null", "--fd", "3", "--socket-path", "s"]).is_err()
+        );
+        assert!(Options::try_parse_from(["x", "--socket-path", "s"]).is_err());
+        assert!(Options::try_parse_from(["x", "--print-capabilities"]).is_ok());
+        assert!(Options::try_parse_from(["x", "fifo", "create", "/dev/shm/f"]).is_ok());
+        assert!(Options::try_parse_from(["x", "fifo"]).is_err());
+    }
 }

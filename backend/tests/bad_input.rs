@@ -37,7 +37,7 @@ fn a_command_line_that_is_not_understood_is_one_line_and_status_2() {
         (&["--fd", "9", "--uplink", "null", "--socket-path", "s"], "cannot be used with"),
         (&["--fd", "9", "--uplink", "null", "stray"], "'stray'"),
         (&["--fd", "9", "--uplink", "null", "--mtu", "67"], "--mtu"),
-        (&["--fd", "9", "--uplink", "null", "--client"], "--socket-path"),
+        (&["--fd", "9", "--uplink", "null", "--client"], "cannot be used with"),
         (&["--port", "socket=s"], "uplink is missing"),
         (&["--port", "socket=s,uplink=null,color=red"], "'color' is none of"),
         (&["--port", "socket=s,uplink=null", "--uplink", "null"], "cannot be used with"),
