@@ -26,7 +26,7 @@ pub struct Options {
     pub fd: Option<RawFd>,
 
     /// Serve a port of its own: socket=PATH or fd=N, uplink=UPLINK, and, as the options of the same names say for a
-    /// single port, client=on|off, queue_pairs=N, poll_us=N|always, affinity=[LIST], mac=MAC, mtu=N,
+    /// single port, client=on|off, queue_pairs=N, poll_us=N|always, affinity=`[LIST]`, mac=MAC, mtu=N,
     /// control_queue=on|off, fifo=PATH, fifo_fd=N, bound_us=N; name=NAME for counters and messages (otherwise port0,
     /// port1 and so on). May be said several times: each port has threads of its own, and none waits for another.
     #[arg(long, value_name = "socket=PATH,uplink=UPLINK[,...]", conflicts_with_all = SINGLE_PORT_OPTIONS)]

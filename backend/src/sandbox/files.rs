@@ -33,9 +33,10 @@ pub enum Restriction {
 
 impl Files {
     /// The file at `path` will be opened to read and write. It may come later, or be replaced, and so it is the
-    /// directory that stays open to us: what is in there that our user may open.
+    /// directory that stays open to us: what is in there that our user may open. Where a link leads now counts too.
     pub fn share(&mut self, path: &Path) {
         self.shared.push(directory(path));
+        self.shared.extend(path.canonicalize().map(|real| directory(&real)));
     }
 
     /// The file open as `fd` will be opened again.
@@ -57,6 +58,13 @@ impl Files {
             .scope(Scope::from_all(KNOWN))?
             .create()?;
         for directory in &self.shared {
+            if !directory.exists() {
+                tracing::warn!(
+                    "{} does not exist yet, and what comes there later stays hidden by Landlock: make it before the \
+                     start, or say --landlock false",
+                    directory.display()
+                );
+            }
             rules = beneath(rules, directory, AccessFs::ReadFile | AccessFs::WriteFile)?;
         }
         for directory in &self.removable {
