@@ -8,12 +8,14 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 
 use crate::fifo::{FifoCommand, FifoOptions};
+use crate::port::{Connection, LEAST_MTU, MAX_QUEUE_PAIRS, PortOptions};
+use crate::sandbox::{SeccompMode, UserName};
 
 /// A vhost-user net backend: poll threads move a guest's frames, the guest is interrupted only when its driver asks.
 #[derive(Debug, Parser)]
 #[command(name = "ivcpu-backend", version, max_term_width = 100)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
-#[command(group = clap::ArgGroup::new("connection").args(["socket_path", "fd", "print_capabilities"]).required(true))]
+#[command(group = clap::ArgGroup::new("connection").args(["socket_path", "fd", "port", "print_capabilities"]).required(true))]
 pub struct Options {
     /// Listen for frontends on the Unix socket PATH.
     #[arg(long, value_name = "PATH")]
@@ -23,18 +25,30 @@ pub struct Options {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(3..), allow_negative_numbers = true)]
     pub fd: Option<RawFd>,
 
+    /// Serve a port of its own: socket=PATH or fd=N, uplink=UPLINK, and, as the options of the same names say for a
+    /// single port, client=on|off, queue_pairs=N, poll_us=N|always, affinity=`[LIST]`, mac=MAC, mtu=N,
+    /// control_queue=on|off, fifo=PATH, fifo_fd=N, bound_us=N; name=NAME for counters and messages (otherwise port0,
+    /// port1 and so on). May be said several times: each port has threads of its own, and none waits for another.
+    #[arg(long, value_name = "socket=PATH,uplink=UPLINK[,...]", conflicts_with_all = SINGLE_PORT_OPTIONS)]
+    pub port: Vec<PortOptions>,
+
     /// Print what this backend can do as JSON and exit.
     #[arg(long)]
     pub print_capabilities: bool,
 
     /// Where frames go: tap:NAME, or for tests null, loop (back, MAC addresses swapped), gen or gen:SIZE (a source of
     /// frames of SIZE bytes, 64 if not said).
-    #[arg(long, value_name = "UPLINK", required_unless_present = "print_capabilities")]
+    #[arg(long, value_name = "UPLINK", required_unless_present_any = ["print_capabilities", "port"])]
     pub uplink: Option<UplinkKind>,
 
+    /// Connect to the frontend, which listens on the socket of --socket-path, instead of waiting for it; again whenever
+    /// it leaves.
+    #[arg(long, requires = "socket_path", conflicts_with = "fd")]
+    pub client: bool,
+
     /// Queue pairs, each with a poll thread of its own.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
-    #[arg(allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u8).range(1..=i64::from(MAX_QUEUE_PAIRS)), allow_negative_numbers = true)]
     pub queue_pairs: u8,
 
     /// Microseconds a poll thread spins without work before it sleeps; 0 = never spin, always = never sleep.
@@ -56,6 +70,11 @@ pub struct Options {
     #[arg(long, value_name = "MAC")]
     pub mac: Option<MacAddress>,
 
+    /// MTU to offer to the driver, 68 to 65535 bytes (otherwise the frontend's choice). The uplink's own is not changed.
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(value_parser = clap::value_parser!(u16).range(i64::from(LEAST_MTU)..))]
+    pub mtu: Option<u16>,
+
     /// Whether to offer what a control queue brings, several queue pairs among it. The queue itself is the frontend's:
     /// say off for one that has none (Alioth), whose guest else finds no network device.
     #[arg(long, value_name = "on|off", default_value = "on", action = clap::ArgAction::Set)]
@@ -66,9 +85,73 @@ pub struct Options {
     #[arg(long, value_name = "PATH")]
     pub stats_socket: Option<PathBuf>,
 
+    /// Serve counters in Prometheus' text format on the Unix socket PATH, by HTTP.
+    #[arg(long, value_name = "PATH")]
+    pub metrics_socket: Option<PathBuf>,
+
+    /// Go on as this user, by name or number, once uplinks and sockets are open; otherwise as the user of the start.
+    /// All capabilities are given up either way.
+    #[arg(long, value_name = "USER")]
+    pub user: Option<UserName>,
+
+    /// What becomes of a system call that a thread's filter forbids: true = the program says its name and ends with
+    /// status 159, log = the kernel's audit log has it, false = there are no filters.
+    #[arg(long, value_name = "true|false|log", default_value = "true")]
+    pub seccomp: SeccompMode,
+
+    /// Whether Landlock, where the kernel has it, hides all files but those that the options name.
+    #[arg(long, value_name = "true|false", default_value_t = true, action = clap::ArgAction::Set)]
+    pub landlock: bool,
+
     /// Something else to do than to serve.
     #[command(subcommand)]
     pub command: Option<Command>,
+}
+
+/// Options that say what `--port` says with words of its own.
+const SINGLE_PORT_OPTIONS: [&str; 11] = [
+    "socket_path",
+    "fd",
+    "uplink",
+    "client",
+    "queue_pairs",
+    "poll_us",
+    "affinity",
+    "fifo",
+    "mac",
+    "mtu",
+    "control_queue",
+];
+
+impl Options {
+    /// The ports to serve, each with a name; none where the options ask for something else.
+    pub fn ports(&self) -> Vec<PortOptions> {
+        let connection = match (&self.socket_path, self.fd) {
+            (Some(path), _) if self.client => Some(Connection::Connect(path.clone())),
+            (Some(path), _) => Some(Connection::Listen(path.clone())),
+            (None, Some(fd)) => Some(Connection::Inherited(fd)),
+            (None, None) => None,
+        };
+        let single = connection.zip(self.uplink.clone()).map(|(connection, uplink)| PortOptions {
+            name: String::new(),
+            connection,
+            uplink,
+            queue_pairs: self.queue_pairs,
+            poll_us: self.poll_us,
+            affinity: self.affinity.clone(),
+            fifo: self.fifo.clone(),
+            mac: self.mac,
+            mtu: self.mtu,
+            control_queue: self.control_queue,
+        });
+        let mut ports: Vec<_> = single.into_iter().chain(self.port.iter().cloned()).collect();
+        for (index, port) in ports.iter_mut().enumerate() {
+            if port.name.is_empty() {
+                port.name = format!("port{index}");
+            }
+        }
+        ports
+    }
 }
 
 /// What this program does besides serving frontends.
@@ -79,7 +162,8 @@ pub enum Command {
     Fifo(FifoCommand),
 }
 
-fn parse_switch(word: &str) -> Result<bool, String> {
+/// `on` or `off`.
+pub(crate) fn parse_switch(word: &str) -> Result<bool, String> {
     match word {
         "on" => Ok(true),
         "off" => Ok(false),
@@ -129,6 +213,11 @@ pub enum PollTime {
     Bounded(Duration),
     /// For ever.
     Always,
+}
+
+impl PollTime {
+    /// What it is if nothing is said.
+    pub const DEFAULT: PollTime = PollTime::Bounded(Duration::from_micros(50));
 }
 
 impl FromStr for PollTime {
@@ -188,8 +277,18 @@ impl FromStr for PcpuList {
     }
 }
 
-/// QEMU's convention for programs it may start: what kind of device this is.
-pub const CAPABILITIES: &str = r#"{"type": "net"}"#;
+/// The file by which management software finds this program: QEMU's `docs/interop/vhost-user.json`.
+const DESCRIPTION: &str = include_str!("../share/50-ivcpu-backend.json");
+
+/// QEMU's convention for programs it may start: what kind of device this is, as the description says.
+pub fn capabilities() -> serde_json::Result<String> {
+    /// All that the convention has for network devices.
+    #[derive(serde::Deserialize, serde::Serialize)]
+    struct Capabilities<'a> {
+        r#type: &'a str,
+    }
+    serde_json::to_string(&serde_json::from_str::<Capabilities<'_>>(DESCRIPTION)?)
+}
 
 #[cfg(test)]
 mod tests {
@@ -202,6 +301,17 @@ mod tests {
         for bad in ["tap", "tap:", "null:1", "gen:13", "gen:65536", "bridge:br0", ""] {
             assert!(bad.parse::<UplinkKind>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn options_without_a_port_make_one_with_the_same_defaults() {
+        let parse = |words: &[&str]| Options::try_parse_from([&["ivcpu-backend"], words].concat()).unwrap();
+        let single = parse(&["--socket-path", "/run/a", "--uplink", "null"]);
+        let several =
+            parse(&["--port", "socket=/run/a,uplink=null", "--port", "socket=/run/b,uplink=null,name=b"]);
+        assert_eq!(single.ports()[0], several.ports()[0]);
+        assert_eq!(several.ports().iter().map(|port| &port.name).collect::<Vec<_>>(), ["port0", "b"]);
+        assert_eq!(parse(&["--print-capabilities"]).ports(), []);
     }
 
     #[test]

@@ -24,19 +24,25 @@ pub fn burst(ring: &mut Ring, pair: &mut Pair, fifo: Option<&mut Fifo>, stats: &
         return false;
     }
     let header = ring.header();
+    stats.bursts.count(taken);
     if ring.is_enabled() {
-        let (mut packets, mut bytes) = (0, 0);
+        let (mut packets, mut bytes, mut malformed, mut refused) = (0, 0, 0, 0);
         pair.send(ring.chains(), header, |chain, sent| {
             if sent {
                 packets += 1;
                 bytes += chain.bytes.saturating_sub(header) as u64;
+            } else if chain.bytes == 0 {
+                malformed += 1;
+            } else {
+                refused += 1;
             }
         });
         stats.packets.add(packets);
         stats.bytes.add(bytes);
-        stats.dropped.add(taken as u64 - packets);
+        stats.dropped.malformed.add(malformed);
+        stats.dropped.refused.add(refused);
     } else {
-        stats.dropped.add(taken as u64);
+        stats.dropped.disabled.add(taken as u64);
     }
     for _ in 0..taken {
         ring.give_back(0);

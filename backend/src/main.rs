@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use ivcpu_backend::cli::{CAPABILITIES, Command, Options};
+use ivcpu_backend::cli::{Command, Options, capabilities};
 use ivcpu_backend::daemon;
 use ivcpu_backend::fifo::{FifoCommand, RegionFile};
 use tracing_subscriber::EnvFilter;
@@ -17,8 +17,16 @@ fn main() -> ExitCode {
         EnvFilter::try_from_env("IVCPU_LOG").unwrap_or_else(|_| EnvFilter::new("warn,virtio_queue=off"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
     if options.print_capabilities {
-        println!("{CAPABILITIES}");
-        return ExitCode::SUCCESS;
+        return match capabilities() {
+            Ok(capabilities) => {
+                println!("{capabilities}");
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                eprintln!("ivcpu-backend: cannot read its own description: {error}");
+                ExitCode::FAILURE
+            }
+        };
     }
     let result = match &options.command {
         Some(Command::Fifo(FifoCommand::Create(region))) => {

@@ -25,6 +25,7 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use crate::mapped::Mapped;
 use crate::memory::{Access, Chains};
+use crate::stats::Counter;
 
 /// Why a ring was stopped.
 #[derive(Debug, thiserror::Error)]
@@ -90,8 +91,9 @@ pub struct UsedRing {
 
 /// One virtqueue.
 pub struct Ring {
-    /// Which of the device's rings this is, for messages.
+    /// Which of the device's rings this is, and whose, for messages.
     name: String,
+    port: tracing::Span,
     queue: Queue,
     /// Counts how often the ring was started.
     start: Wrapping<u32>,
@@ -115,6 +117,8 @@ pub struct Ring {
     mergeable: bool,
     header: usize,
     kicks_wanted: bool,
+    /// How often the ring was stopped for good.
+    stopped: Arc<Counter>,
 }
 
 impl Ring {
@@ -122,6 +126,7 @@ impl Ring {
     pub fn new(memory: Arc<GuestMemoryMmap>, max_size: u16) -> Result<Self, virtio_queue::Error> {
         Ok(Ring {
             name: String::new(),
+            port: tracing::Span::none(),
             queue: Queue::new(max_size)?,
             start: Wrapping(0),
             chains: Chains::new(memory, Access::Read),
@@ -139,12 +144,16 @@ impl Ring {
             mergeable: false,
             header: 12,
             kicks_wanted: true,
+            stopped: Arc::default(),
         })
     }
 
-    /// Names the ring in messages and sets which way its buffers are used.
-    pub fn set_role(&mut self, name: String, access: Access) {
+    /// Names the ring in messages, sets which way its buffers are used, and where it is counted that it had to be
+    /// stopped.
+    pub fn set_role(&mut self, name: String, access: Access, stopped: Arc<Counter>) {
         self.name = name;
+        self.port = tracing::Span::current();
+        self.stopped = stopped;
         self.chains.set_access(access);
     }
 
@@ -263,7 +272,9 @@ impl Ring {
         };
         match parts {
             Ok(parts) => self.parts = Some(parts),
-            Err(problem) => tracing::warn!("{}: {problem}; the ring pauses until that changes", self.name),
+            Err(problem) => {
+                tracing::warn!(parent: &self.port, "{}: {problem}; the ring pauses until that changes", self.name)
+            }
         }
     }
 
@@ -443,7 +454,9 @@ impl Ring {
         if std::mem::replace(&mut self.broken, true) {
             return;
         }
-        tracing::error!("{}: {error}; the ring is stopped until the frontend sets it up anew", self.name);
+        // Whoever is here holds the ring, so there is one writer at a time.
+        self.stopped.add(1);
+        tracing::error!(parent: &self.port, "{}: {error}; the ring is stopped until the frontend sets it up anew", self.name);
         self.untake();
         if let Some(mut file) = self.error.as_ref() {
             let _ = file.write(&1u64.to_ne_bytes());

@@ -14,10 +14,12 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::affinity;
-use crate::cli::Options;
-use crate::device::{Device, QueuePair, birth_fd};
-use crate::door::Relay;
+use crate::device::{Device, Model, Mtu, QueuePair, birth_fd};
+use crate::door::{Budget, Doorway, Passage, Relay};
 use crate::fifo::{self, Fifo};
+use crate::memory::Access;
+use crate::port::PortOptions;
+use crate::sandbox::{Role, Sandbox};
 use crate::stats::{FifoInUse, Stats};
 use crate::uplink::{Offloads, Pair};
 use crate::worker::Worker;
@@ -36,15 +38,21 @@ pub enum Error {
     System(#[from] std::io::Error),
     /// A poll thread died.
     #[error(
-        "a poll thread ended by a panic, so the program ends: this is a bug, please report what was said before"
+        "a poll thread ended by a panic, so its port ends: this is a bug, please report what was said before"
     )]
     PollThread,
 }
 
-/// What sessions share: the uplink and the counters.
+/// What the sessions of a port share: the uplink, the counters, and how its threads are confined.
 pub struct Session<'a> {
-    /// How the program was started.
-    pub options: &'a Options,
+    /// The port.
+    pub options: &'a PortOptions,
+    /// The way to the crate.
+    pub doorway: &'a Doorway,
+    /// How much memory a frontend can bring.
+    pub budget: Budget,
+    /// How threads are confined.
+    pub sandbox: &'a Sandbox,
     /// The device-wide side of the uplink.
     pub offloads: Offloads,
     /// The uplink's end of each queue pair, while no session uses them.
@@ -57,14 +65,16 @@ impl Session<'_> {
     /// Serves a frontend until it leaves or its connection is shut down.
     pub fn run(&mut self, frontend: UnixStream) -> Result<(), Error> {
         let (born, births) = mpsc::channel();
-        let device = Device::new(
-            self.pairs.len(),
-            self.options.mac,
-            self.options.control_queue,
-            self.offloads.clone(),
-            born,
-        )
-        .map_err(std::io::Error::from)?;
+        let mtu = Arc::new(Mtu::new(self.options.mtu));
+        let model = Model {
+            queue_pairs: self.pairs.len(),
+            mac: self.options.mac,
+            mtu: mtu.clone(),
+            control_queue: self.options.control_queue,
+            offloads: self.offloads.clone(),
+            sandbox: self.sandbox.clone(),
+        };
+        let device = Device::new(model, born).map_err(std::io::Error::from)?;
         let device = Arc::new(device);
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let mut daemon =
@@ -78,9 +88,14 @@ impl Session<'_> {
             .map_err(|_| Error::Workers)?;
 
         let connection = Arc::new(frontend.try_clone()?);
-        let (mut listener, relay) = Relay::start(frontend)?;
+        let passage = Passage { doorway: self.doorway, budget: self.budget, mtu, sandbox: self.sandbox };
+        let (mut listener, relay) = Relay::start(frontend, passage)?;
         let poll_threads = self.start(rings, &connection)?;
-        daemon.start(&mut listener).map_err(Error::Start)?;
+        if let Err(error) = daemon.start(&mut listener) {
+            drop(relay);
+            poll_threads.stop(&mut self.pairs)?;
+            return Err(Error::Start(error));
+        }
         self.stats.sessions.add(1);
         tracing::info!("a frontend connected");
         // Whatever ends a session, the next frontend gets its chance.
@@ -90,10 +105,15 @@ impl Session<'_> {
             }
             Err(error) => tracing::warn!("the session ended: {error}"),
         }
-        relay.close();
+        drop(relay);
         let result = poll_threads.stop(&mut self.pairs);
         self.stats.set_fifo(None);
         result
+    }
+
+    /// Whether another session can follow one that failed: nothing of the uplink was lost with it.
+    pub fn is_whole(&self) -> bool {
+        self.pairs.len() == usize::from(self.options.queue_pairs)
     }
 
     /// Claims a ring of the FIFO region for each poll thread. Whatever is wrong with it, the session goes on: without
@@ -129,6 +149,7 @@ impl Session<'_> {
         let mut fifos = self.claim_fifos().into_iter();
         let mut rings = rings;
         rings.sort_by_key(|pair| pair.index);
+        rings.iter().for_each(|pair| self.name_rings(pair));
         for (rings, pair) in rings.into_iter().zip(self.pairs.drain(..)) {
             let index = rings.index;
             let (Some(to_guest), Some(from_guest)) =
@@ -136,7 +157,6 @@ impl Session<'_> {
             else {
                 continue;
             };
-            name_rings(&rings);
             let worker = Worker {
                 rings,
                 pair,
@@ -144,31 +164,41 @@ impl Session<'_> {
                 poll: self.options.poll_us,
                 stats: [to_guest.clone(), from_guest.clone()],
                 stop: threads.stop.clone(),
+                hang_up: Box::new({
+                    let connection = connection.clone();
+                    move || drop(connection.shutdown(Shutdown::Both))
+                }),
             };
             let pcpu = (!pcpus.is_empty()).then(|| pcpus.get(index % pcpus.len()).copied()).flatten();
             let hang_up = HangUp(connection.clone());
+            let (sandbox, span) = (self.sandbox.clone(), tracing::Span::current());
             let handle = std::thread::Builder::new().name(format!("poll{index}")).spawn(move || {
                 let _hang_up = hang_up;
+                let _span = span.enter();
                 if let Some(pcpu) = pcpu
                     && let Err(error) = affinity::pin(pcpu)
                 {
                     tracing::warn!("{error}");
                 }
+                sandbox.tighten(Role::Poll);
                 worker.run()
             })?;
             threads.handles.push(handle);
         }
         Ok(threads)
     }
-}
 
-/// Tells the rings what they are called and which way their buffers are used.
-fn name_rings(pair: &QueuePair) {
-    use crate::memory::Access;
-    let index = pair.index;
-    pair.to_guest.control(|ring| ring.set_role(format!("ring {} (to guest)", 2 * index), Access::Write));
-    pair.from_guest
-        .control(|ring| ring.set_role(format!("ring {} (from guest)", 2 * index + 1), Access::Read));
+    /// Tells the rings what they are called, which way their buffers are used, and where their stops are counted.
+    fn name_rings(&self, pair: &QueuePair) {
+        for (vring, index, way, access) in [
+            (&pair.to_guest, 2 * pair.index, "to guest", Access::Write),
+            (&pair.from_guest, 2 * pair.index + 1, "from guest", Access::Read),
+        ] {
+            let name = format!("ring {index} ({way})");
+            let stopped = self.stats.ring(index).map(|stats| stats.stopped.clone()).unwrap_or_default();
+            vring.control(|ring| ring.set_role(name, access, stopped));
+        }
+    }
 }
 
 /// Makes a worker hand over its rings.

@@ -1,11 +1,8 @@
-//! Counters, and the socket that shows them.
+//! Counters of a port. A data path writes them with plain atomic stores; whoever shows them never makes it wait.
 
-use std::io::{ErrorKind, Write};
-use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 
@@ -28,6 +25,76 @@ impl Counter {
 impl Serialize for Counter {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_u64(self.get())
+    }
+}
+
+/// Frames that did not pass, by reason.
+#[derive(Debug, Default)]
+pub struct Drops {
+    /// The driver's chain is malformed: an index or address out of range, a loop, the wrong direction, too short.
+    pub malformed: Counter,
+    /// The frame fits no buffers that the driver can give.
+    pub too_large: Counter,
+    /// The uplink does not take it.
+    pub refused: Counter,
+    /// The ring is started and not enabled, or was changed under the frame.
+    pub disabled: Counter,
+}
+
+impl Drops {
+    /// Each reason's name and counter.
+    pub fn reasons(&self) -> [(&'static str, &Counter); 4] {
+        [
+            ("malformed", &self.malformed),
+            ("too_large", &self.too_large),
+            ("refused", &self.refused),
+            ("disabled", &self.disabled),
+        ]
+    }
+
+    /// Their sum.
+    pub fn total(&self) -> u64 {
+        self.reasons().iter().map(|(_, counter)| counter.get()).sum()
+    }
+}
+
+impl Serialize for Drops {
+    /// As their sum.
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(self.total())
+    }
+}
+
+/// How many frames bursts had: a histogram. A burst is what one look at a ring moved.
+#[derive(Debug, Default)]
+pub struct Bursts {
+    counts: [Counter; Self::BOUNDS.len()],
+    frames: Counter,
+}
+
+impl Bursts {
+    /// Frames of the largest burst that counts in each bucket; none is larger than the last.
+    pub const BOUNDS: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
+
+    /// Counts a burst of `frames`; one of none is no burst.
+    pub fn count(&self, frames: usize) {
+        let bucket = Self::BOUNDS.iter().position(|bound| frames <= *bound).unwrap_or(Self::BOUNDS.len() - 1);
+        if frames > 0
+            && let Some(count) = self.counts.get(bucket)
+        {
+            count.add(1);
+            self.frames.add(frames as u64);
+        }
+    }
+
+    /// Bursts in each bucket, those of the smaller buckets not among them.
+    pub fn counts(&self) -> [u64; Self::BOUNDS.len()] {
+        self.counts.each_ref().map(Counter::get)
+    }
+
+    /// Frames of all bursts.
+    pub fn frames(&self) -> u64 {
+        self.frames.get()
     }
 }
 
@@ -59,8 +126,13 @@ pub struct RingStats {
     pub packets: Counter,
     /// Their bytes, without the virtio header.
     pub bytes: Counter,
-    /// Frames that did not pass: malformed, too large, refused by the uplink, or the ring was disabled.
-    pub dropped: Counter,
+    /// Frames that did not pass.
+    pub dropped: Drops,
+    /// Bursts by their frames.
+    #[serde(skip)]
+    pub bursts: Bursts,
+    /// Times the ring was stopped because its indices, its addresses or its eventfd were of no use.
+    pub stopped: Arc<Counter>,
     /// Kick notifications received.
     pub kicks: Counter,
     /// Notifications that virtio's suppression rule asked for. Without a FIFO each is a call.
@@ -79,6 +151,16 @@ pub struct RingStats {
     pub calls_suppressed: Counter,
 }
 
+impl Direction {
+    /// Its name in what is shown.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Direction::ToGuest => "to_guest",
+            Direction::FromGuest => "from_guest",
+        }
+    }
+}
+
 impl RingStats {
     fn new(index: usize, direction: Direction) -> Arc<Self> {
         let zero = Counter::default;
@@ -87,7 +169,9 @@ impl RingStats {
             direction,
             packets: zero(),
             bytes: zero(),
-            dropped: zero(),
+            dropped: Drops::default(),
+            bursts: Bursts::default(),
+            stopped: Arc::default(),
             kicks: zero(),
             completions: zero(),
             fifo_entries: zero(),
@@ -100,12 +184,15 @@ impl RingStats {
     }
 }
 
-/// All counters.
+/// All counters of a port.
 #[derive(Debug, Serialize)]
 pub struct Stats {
     queues: Vec<Arc<RingStats>>,
     /// Frontends that connected.
     pub sessions: Counter,
+    /// Whether one is connected now.
+    #[serde(skip)]
+    connected: AtomicBool,
     /// The FIFO region of the session of now; `None` where completions are calls.
     fifo: Mutex<Option<FifoInUse>>,
 }
@@ -127,6 +214,7 @@ impl Stats {
         Stats {
             queues: (0..queue_pairs).flat_map(pair).collect(),
             sessions: Counter::default(),
+            connected: AtomicBool::new(false),
             fifo: Mutex::default(),
         }
     }
@@ -141,22 +229,19 @@ impl Stats {
         self.queues.get(index)
     }
 
-    /// Answers every connection with one JSON object, for as long as the process lives.
-    pub fn serve(&self, listener: &UnixListener) {
-        for connection in listener.incoming() {
-            let answer = connection.and_then(|mut connection| {
-                connection.set_write_timeout(Some(Duration::from_secs(1)))?;
-                connection.write_all(serde_json::to_string(self)?.as_bytes())?;
-                connection.write_all(b"\n")
-            });
-            if let Err(error) = answer
-                && error.kind() != ErrorKind::BrokenPipe
-            {
-                tracing::warn!("cannot answer on the stats socket: {error}");
-                // Out of descriptors, for one, would come back at once.
-                std::thread::sleep(Duration::from_millis(10));
-            }
-        }
+    /// The counters of all rings.
+    pub fn rings(&self) -> &[Arc<RingStats>] {
+        &self.queues
+    }
+
+    /// Tells whether a frontend is connected.
+    pub fn set_connected(&self, connected: bool) {
+        self.connected.store(connected, Ordering::Relaxed);
+    }
+
+    /// Whether a frontend is connected.
+    pub fn is_connected(&self) -> bool {
+        self.connected.load(Ordering::Relaxed)
     }
 }
 
@@ -178,8 +263,22 @@ mod tests {
         }
         assert_eq!(shown["queues"][1]["packets"], 3);
         assert_eq!(shown["queues"][1]["calls_suppressed"], 0);
+        stats.ring(0).unwrap().dropped.refused.add(2);
+        stats.ring(0).unwrap().dropped.malformed.add(1);
+        let shown: serde_json::Value = serde_json::to_value(&stats).unwrap();
+        assert_eq!(shown["queues"][0]["dropped"], 3);
         stats.set_fifo(Some(FifoInUse { path: "/dev/shm/f".into(), rings: 1 }));
         let shown: serde_json::Value = serde_json::to_value(&stats).unwrap();
         assert_eq!(shown["fifo"], serde_json::json!({"path": "/dev/shm/f", "rings": 1}));
+    }
+
+    #[test]
+    fn a_burst_counts_in_the_smallest_bucket_that_holds_it() {
+        let bursts = Bursts::default();
+        for frames in [0, 1, 1, 2, 3, 4, 5, 63, 64, 1000] {
+            bursts.count(frames);
+        }
+        assert_eq!(bursts.counts(), [2, 1, 2, 1, 0, 0, 3]);
+        assert_eq!(bursts.frames(), 1 + 1 + 2 + 3 + 4 + 5 + 63 + 64 + 1000);
     }
 }

@@ -65,12 +65,13 @@ impl ToGuest {
             return outcome;
         }
         ring.refuse_kicks();
+        let mut frames = 0;
         for _ in 0..BURST {
             ring.take(usize::MAX, MAX_FRAME);
             // Malformed chains go back unused when it is their turn.
             while ring.chains().front().is_some_and(|chain| chain.bytes == 0) {
                 ring.give_back(0);
-                stats.dropped.add(1);
+                stats.dropped.malformed.add(1);
                 outcome.moved = true;
             }
             if ring.chains().is_empty() {
@@ -79,17 +80,18 @@ impl ToGuest {
             }
             let Some(waiting) = self.waiting.take().or_else(|| self.receive(ring, pair)) else { break };
             if waiting.epoch != ring.chains().epoch() {
-                stats.dropped.add(1);
+                stats.dropped.disabled.add(1);
                 continue;
             }
             match self.place(ring, &waiting) {
                 Placed::Whole { bytes } => {
                     stats.packets.add(1);
                     stats.bytes.add(bytes as u64);
+                    frames += 1;
                     outcome.moved = true;
                 }
                 Placed::TooLarge => {
-                    stats.dropped.add(1);
+                    stats.dropped.too_large.add(1);
                     outcome.moved = true;
                 }
                 Placed::NotYet => {
@@ -99,6 +101,7 @@ impl ToGuest {
                 }
             }
         }
+        stats.bursts.count(frames);
         completion::deliver(ring, fifo, stats);
         outcome
     }

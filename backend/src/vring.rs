@@ -23,6 +23,7 @@ use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT
 use virtio_queue::Error;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
+use crate::lost_memory;
 use crate::ring::Ring;
 
 type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -142,8 +143,10 @@ impl VringT<Memory> for Vring {
         self.control(|ring| ring.set_next_used(index));
     }
 
+    /// Memory that the frontend took away ends its connection, as the crate does over every error.
     fn queue_used_idx(&self) -> Result<u16, Error> {
-        self.control(|ring| ring.used_index())
+        let index = self.control(|ring| ring.used_index());
+        if lost_memory::was_met() { Err(Error::QueueNotReady) } else { index }
     }
 
     fn set_queue_size(&self, size: u16) {

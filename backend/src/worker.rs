@@ -22,6 +22,7 @@ use crate::completion;
 use crate::device::QueuePair;
 use crate::fifo::{Fifo, Waiting};
 use crate::from_guest;
+use crate::lost_memory;
 use crate::stats::RingStats;
 use crate::to_guest::{Outcome, ToGuest};
 use crate::uplink::Pair;
@@ -50,6 +51,8 @@ pub struct Worker {
     pub stats: [Arc<RingStats>; 2],
     /// Set, then the rings woken: the session is over.
     pub stop: Arc<AtomicBool>,
+    /// Ends the session from here.
+    pub hang_up: Box<dyn Fn() + Send>,
 }
 
 /// What one look at both rings found.
@@ -72,6 +75,11 @@ impl Worker {
         let mut counted = Instant::now();
         while !self.stop.load(Ordering::Relaxed) {
             let round = self.round(&mut to_guest);
+            if lost_memory::was_met() {
+                tracing::warn!("guest memory was cut while it was in use; the session ends");
+                (self.hang_up)();
+                break;
+            }
             if round.moved {
                 idle_since = None;
             } else if round.contended {

@@ -36,6 +36,13 @@ fn a_command_line_that_is_not_understood_is_one_line_and_status_2() {
         (&["--fd", "9", "--uplink", "null", "--mac", "01:00:00:00:00:00"], "multicast"),
         (&["--fd", "9", "--uplink", "null", "--socket-path", "s"], "cannot be used with"),
         (&["--fd", "9", "--uplink", "null", "stray"], "'stray'"),
+        (&["--fd", "9", "--uplink", "null", "--mtu", "67"], "--mtu"),
+        (&["--fd", "9", "--uplink", "null", "--client"], "cannot be used with"),
+        (&["--port", "socket=s"], "uplink is missing"),
+        (&["--port", "socket=s,uplink=null,color=red"], "'color' is none of"),
+        (&["--port", "socket=s,uplink=null", "--uplink", "null"], "cannot be used with"),
+        (&["--port", "socket=s,uplink=null", "--queue-pairs", "2"], "cannot be used with"),
+        (&["--port", "socket=s,uplink=null", "--socket-path", "t"], "cannot be used with"),
     ] {
         let output = backend(arguments).output().unwrap();
         refused(&output, with);
@@ -63,6 +70,7 @@ fn each_is_one_clear_line() {
     std::fs::write(&file, "").unwrap();
     let no_dir = dir.path().join("no/s");
     let path = |path: &std::path::Path| path.to_str().unwrap().to_owned();
+    let port = |socket: &str| format!("socket={socket},uplink=null");
     for (arguments, with) in [
         (vec!["--socket-path", socket, "--uplink", "bridge:b"], "unknown uplink"),
         (vec!["--socket-path", socket, "--uplink", "null", "--poll-us", "soon"], "--poll-us"),
@@ -81,6 +89,13 @@ fn each_is_one_clear_line() {
         (vec!["--socket-path", &path(&no_dir), "--uplink", "null"], "cannot listen"),
         (vec!["--fd", "77", "--uplink", "null"], "file descriptor 77"),
         (vec!["--socket-path", socket, "--uplink", "null", "--stats-socket", &path(&taken)], "is in use"),
+        (vec!["--socket-path", socket, "--uplink", "null", "--metrics-socket", &path(&taken)], "is in use"),
+        (vec!["--port", &port(socket), "--port", &port(socket)], "is in use"),
+        (vec!["--port", &port(socket), "--port", &port(&path(&taken))], "is in use"),
+        (
+            vec!["--port", &(port(socket) + ",name=a"), "--port", &(port(&path(&no_dir)) + ",name=a")],
+            "two ports have the name \"a\"",
+        ),
     ] {
         refused(&backend(&arguments).output().unwrap(), with);
     }

@@ -1,6 +1,5 @@
 //! Completions through a FIFO region: the program on one side, the ABI's consumer and a small driver on the other.
 
-#[allow(dead_code, reason = "shared with the tests of sessions, which use more of it")]
 mod guest;
 mod region;
 

@@ -1,6 +1,5 @@
 //! Regions that cannot be used, regions that several want, and the command that makes them.
 
-#[allow(dead_code, reason = "shared with the tests of sessions, which use more of it")]
 mod guest;
 #[allow(dead_code, reason = "shared with the tests of the data path, which use more of it")]
 mod region;
@@ -100,6 +99,7 @@ fn a_ring_has_one_owner_until_it_is_killed() {
     let (first, second, third) = (start(), start(), start());
     let mut guests = [(); 3].map(|()| Ivcpu::new(Guest::new(1, MODERN), None));
     let [one, two, three] = &mut guests;
+    let idle = third.entries("task");
     traffic(one, &first);
     traffic(two, &second);
     traffic(three, &third);
@@ -113,7 +113,7 @@ fn a_ring_has_one_owner_until_it_is_killed() {
     // Dropped is killed with SIGKILL, in the middle of its session.
     drop(second);
     three.guest.disconnect();
-    until("the session is over", || third.entries("task") <= 3);
+    until("the session is over", || third.entries("task") == idle);
     three.consumer = Some(shared.consumer());
     traffic(three, &third);
     assert_eq!(rings(&third), Some(1));

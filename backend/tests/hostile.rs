@@ -55,7 +55,7 @@ fn guest(table: &[Words], heads: &[u16], index: u16) -> Arc<GuestMemoryMmap> {
 
 fn ring(memory: &Arc<GuestMemoryMmap>, access: Access, features: u64) -> Ring {
     let mut ring = Ring::new(memory.clone(), 256).unwrap();
-    ring.set_role("test".into(), access);
+    ring.set_role("test".into(), access, Default::default());
     ring.set_features(features);
     ring.set_size(SIZE);
     ring.set_addresses(TABLE, AVAILABLE, USED).unwrap();
@@ -100,7 +100,7 @@ proptest! {
         // The table may lie under a buffer only in the other direction, so what was offered is what it was.
         let used = check_used(&memory, &heads, index)?;
         let stats = stats.ring(1).unwrap();
-        prop_assert_eq!(stats.packets.get() + stats.dropped.get(), u64::from(used));
+        prop_assert_eq!(stats.packets.get() + stats.dropped.total(), u64::from(used));
         if index > SIZE {
             prop_assert!(!ring.is_running(), "the index jumped");
         } else if let Some(bad) = heads[..usize::from(index)].iter().position(|&head| head >= SIZE) {

@@ -1,6 +1,5 @@
 //! A real TAP device in a network namespace of its own. Needs root, and says so where it is not.
 
-#[allow(dead_code, reason = "shared with the tests of sessions, which use more of it")]
 mod guest;
 
 use std::fs::File;

@@ -1,5 +1,7 @@
 //! A tiny frontend and driver: enough of both to move frames through a backend that runs as a process of its own.
 
+#![allow(dead_code, reason = "every test executable uses a part of it")]
+
 use std::fs::File;
 use std::num::Wrapping;
 use std::os::unix::fs::FileExt;
@@ -35,6 +37,23 @@ impl Backend {
     /// Starts one with `arguments` besides its sockets.
     pub(crate) fn start(arguments: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("vu");
+        let own = ["--socket-path", socket.to_str().unwrap()];
+        let arguments = [&own, arguments].concat();
+        Self::start_in(dir, &arguments)
+    }
+
+    /// Starts one with a port of each of `ports`, which say everything but the socket, and `arguments`.
+    pub(crate) fn with_ports(ports: &[&str], arguments: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let word = |(index, words)| format!("--port=socket={}/{index},{words}", dir.path().display());
+        let ports: Vec<_> = ports.iter().enumerate().map(word).collect();
+        let arguments: Vec<_> = ports.iter().map(String::as_str).chain(arguments.iter().copied()).collect();
+        Self::start_in(dir, &arguments)
+    }
+
+    /// Starts one with `arguments` and a socket for its counters, and waits for that.
+    pub(crate) fn start_in(dir: tempfile::TempDir, arguments: &[&str]) -> Self {
         let arguments: Vec<String> = arguments.iter().map(|&word| word.to_owned()).collect();
         let log = tempfile::tempfile().unwrap();
         let child = Self::spawn(dir.path(), &arguments, &log);
@@ -42,10 +61,7 @@ impl Backend {
     }
 
     fn spawn(dir: &Path, arguments: &[String], log: &File) -> Child {
-        let socket = dir.join("vu");
         let child = Command::new(env!("CARGO_BIN_EXE_ivcpu-backend"))
-            .arg("--socket-path")
-            .arg(&socket)
             .arg("--stats-socket")
             .arg(dir.join("stats"))
             .args(arguments)
@@ -53,7 +69,10 @@ impl Backend {
             .stderr(log.try_clone().unwrap())
             .spawn()
             .unwrap();
-        until("the backend listens", || std::os::unix::net::UnixStream::connect(dir.join("stats")).is_ok());
+        until("the backend answers", || {
+            let stats = std::os::unix::net::UnixStream::connect(dir.join("stats"));
+            stats.is_ok_and(|stats| serde_json::from_reader::<_, serde_json::Value>(stats).is_ok())
+        });
         child
     }
 
@@ -73,6 +92,11 @@ impl Backend {
 
     pub(crate) fn socket(&self) -> PathBuf {
         self.dir.path().join("vu")
+    }
+
+    /// The socket of a port of [`Self::with_ports`].
+    pub(crate) fn port(&self, index: usize) -> PathBuf {
+        self.dir.path().join(index.to_string())
     }
 
     /// The counters.
@@ -160,7 +184,15 @@ impl Guest {
 
     /// Sets up a session up to step `steps`.
     pub(crate) fn connect_until(&mut self, socket: &Path, steps: usize) {
-        let mut frontend = Frontend::connect(socket, self.queues.len() as u64).unwrap();
+        self.set_up(Frontend::connect(socket, self.queues.len() as u64).unwrap(), steps);
+    }
+
+    /// Sets up a whole session over a connection that there is already.
+    pub(crate) fn connect_stream(&mut self, stream: std::os::unix::net::UnixStream) {
+        self.set_up(Frontend::from_stream(stream, self.queues.len() as u64), usize::MAX);
+    }
+
+    fn set_up(&mut self, mut frontend: Frontend, steps: usize) {
         let mut step = 0;
         let mut go_on = || {
             step += 1;
@@ -359,6 +391,32 @@ impl Guest {
         });
         entry.unwrap()
     }
+}
+
+/// A frame of `length` bytes with distinct addresses and a pattern.
+pub(crate) fn frame(length: usize) -> Vec<u8> {
+    (0..length).map(|i| i as u8).collect()
+}
+
+/// Sends `frame` on ring 1 through a `loop` backend and checks what comes back on ring 0.
+#[track_caller]
+pub(crate) fn loop_once(guest: &mut Guest, index: u16, frame: &[u8]) {
+    guest.send(1, index % SIZE, frame);
+    assert_eq!(guest.wait_used(1), (u32::from(index % SIZE), 0));
+    let mut got = Vec::new();
+    let mut buffers = 0;
+    while got.len() < frame.len() + HEADER {
+        let (head, length) = guest.wait_used(0);
+        let mut part = vec![0; length as usize];
+        guest.memory.read_slice(&mut part, GuestAddress(Guest::buffer(0, head as u16))).unwrap();
+        got.extend(part);
+        buffers += 1;
+        guest.offer(0, head as u16);
+    }
+    let (header, ethernet) = got.split_at(HEADER);
+    assert_eq!(header[10..12], u16::to_le_bytes(buffers));
+    let swapped = [&frame[6..12], &frame[..6], &frame[12..]].concat();
+    assert!(ethernet == swapped, "the frame came back changed");
 }
 
 /// Offsets of a ring's parts behind its descriptor table.
