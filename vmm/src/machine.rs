@@ -1,6 +1,9 @@
 //! What a VM is made of, and how it runs to its end. Wiring only: each part is a module of its own.
 
+use std::collections::BTreeMap;
 use std::io;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,22 +14,28 @@ use nix::sys::signalfd::SignalFd;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::affinity::refresh::Refresh;
+use crate::api;
+use crate::api::info::VmConfig;
+use crate::api::routes::Control;
+use crate::api::socket::SocketFile;
 use crate::affinity::{self, HostIrqs, IrqSource};
 use crate::boot::{acpi, cpuid, kernel, mtrr, registers, reset_vector};
 use crate::chain::Chain;
 use crate::devices::Devices;
-use crate::exits::{self, lifetime::Lifetime};
+use crate::exits::{self, VcpuStats, lifetime::Lifetime};
 use crate::fifo::{self, Fifo};
 use crate::gsi::{self, KvmRouter, MessageRouter};
 use crate::ivcpu::{self, IvcpuOptions};
 use crate::ivshmem::{self, Ivshmem};
 use crate::kvm;
 use crate::memory::{self, FreeSlots, GuestMemory, MemoryOptions};
+use crate::pause::Gate;
 use crate::pci::bus::{self, Bus};
 use crate::pci::window::{self, Window};
 use crate::pin;
 use crate::placement::{self, Placement, VcpuThread};
-use crate::power::{EndSignal, Ending};
+use crate::power::{self, EndSignal, Ending, PowerButton};
+use crate::sandbox::{self, Role, SandboxOptions, landlock};
 use crate::serial::{self, SerialMode};
 use crate::signals::{self, EndWatch};
 use crate::slot::KvmSlot;
@@ -64,6 +73,10 @@ pub struct MachineOptions {
     pub serial: SerialMode,
     /// Whether and how the VM's exits are counted and printed when it ends.
     pub exits: Option<exits::lifetime::Format>,
+    /// Where the API is served.
+    pub api_socket: Option<PathBuf>,
+    /// How the VMM is confined.
+    pub sandbox: SandboxOptions,
 }
 
 /// What can go wrong before a VM runs.
@@ -129,6 +142,12 @@ pub enum Error {
     /// The count of exits.
     #[error(transparent)]
     Exits(#[from] exits::Error),
+    /// The API's socket.
+    #[error(transparent)]
+    Api(#[from] api::socket::Error),
+    /// The sandbox.
+    #[error(transparent)]
+    Sandbox(#[from] sandbox::Error),
     /// Signals, threads and event files of the VMM itself.
     #[error("cannot {step}")]
     System {
@@ -150,6 +169,11 @@ pub struct Machine {
     net: Vec<VhostUserNet>,
     signals: SignalFd,
     end: Arc<EndSignal>,
+    gate: Arc<Gate>,
+    button: PowerButton,
+    api: Option<Api>,
+    /// What of the file system is needed from now on; `None` for all of it.
+    needs: Option<landlock::Needs>,
     interactive: bool,
     exits: Option<exits::lifetime::Format>,
     /// The host's interrupts that were moved; restored when this is dropped.
@@ -161,11 +185,21 @@ pub struct Machine {
     _fifo: Option<Fifo>,
 }
 
+/// The API, ready to be served.
+struct Api {
+    listener: UnixListener,
+    config: VmConfig,
+    memory: u64,
+    /// Removed with the machine.
+    file: SocketFile,
+}
+
 impl Machine {
     /// Makes the VM: memory, CPUs, devices, and the guest's first instruction.
     pub fn new(options: &MachineOptions) -> Result<Self, Error> {
         // Before the first thread starts, because threads inherit which signals are blocked.
         let signals = signals::block().map_err(system("block the signals that end a VM"))?;
+        sandbox::arm(options.sandbox)?;
         let placement = Placement::check(&options.cpus, options.ivcpu.as_ref(), &pin::online()?)?;
         // What a run that was killed left moved may be on a pCPU this one uses, with an IVCPU or without.
         if let Err(error) = affinity::recover() {
@@ -199,6 +233,9 @@ impl Machine {
         if let Some(port) = &serial {
             vm.register_irqfd(port.interrupt(), serial::GSI).map_err(kvm::refused("the serial interrupt"))?;
         }
+        let button = PowerButton::new().map_err(system("make an eventfd"))?;
+        vm.register_irqfd(button.interrupt(), power::BUTTON_GSI)
+            .map_err(kvm::refused("the power button's interrupt"))?;
         let wiring = Wiring {
             memory: memory.clone(),
             messages: Arc::new(KvmRouter::new(Arc::clone(&vm))?) as Arc<dyn MessageRouter>,
@@ -239,6 +276,10 @@ impl Machine {
             net,
             signals,
             end: Arc::new(EndSignal::new().map_err(system("make an eventfd"))?),
+            gate: Arc::default(),
+            button,
+            api: options.api_socket.as_deref().map(|path| open_api(path, options)).transpose()?,
+            needs: options.sandbox.landlock.then(|| needs(options)),
             interactive: options.serial == SerialMode::Tty,
             exits: options.exits,
             host_irqs: move_host_irqs(options)?,
@@ -252,9 +293,17 @@ impl Machine {
     /// Runs the VM until it ends, and says why it did. The terminal is as before when this returns.
     pub fn run(mut self) -> Result<Ending, Error> {
         vcpu::install_signal_handler().map_err(system("install the vCPU signal handler"))?;
+        if let Some(needs) = &self.needs {
+            landlock::restrict(needs)?;
+        }
         let mut events = EventManager::new().map_err(Error::Events)?;
-        events.add_subscriber(Box::new(EndWatch { end: Arc::clone(&self.end), signals: self.signals })
-            as Box<dyn MutEventSubscriber>);
+        let watch = EndWatch {
+            end: Arc::clone(&self.end),
+            signals: self.signals,
+            button: self.button.clone(),
+            asked: false,
+        };
+        events.add_subscriber(Box::new(watch) as Box<dyn MutEventSubscriber>);
         let raw_mode = if self.interactive {
             RawMode::enter().map_err(system("put the terminal into raw mode"))?
         } else {
@@ -264,7 +313,10 @@ impl Machine {
             events.add_subscriber(Box::new(serial::Flush(Arc::clone(port))));
             if self.interactive {
                 let port = Arc::clone(port);
-                let feed = move || port.feed(io::stdin());
+                let feed = move || {
+                    sandbox::enter_or_exit(Role::Console);
+                    port.feed(io::stdin());
+                };
                 thread::Builder::new()
                     .name("stdin".into())
                     .spawn(feed)
@@ -282,16 +334,36 @@ impl Machine {
         }
 
         let counting = self.exits.map(Lifetime::start).transpose()?;
+        let _socket = match self.api.take() {
+            Some(Api { listener, config, memory, file }) => {
+                let control = Control {
+                    config,
+                    memory,
+                    gate: Arc::clone(&self.gate),
+                    end: Arc::clone(&self.end),
+                    button: self.button.clone(),
+                    counters: counters(&self.vcpus),
+                };
+                api::serve(listener, control).map_err(system("start the API thread"))?;
+                Some(file)
+            }
+            None => None,
+        };
         let mut running = Vec::new();
         for vcpu in std::mem::take(&mut self.vcpus) {
-            let started = vcpu.start(Arc::clone(&self.devices), Arc::clone(&self.end));
+            let started = vcpu.start(Arc::clone(&self.devices), Arc::clone(&self.end), Arc::clone(&self.gate));
             match started {
                 Ok(vcpu) => running.push(vcpu),
                 Err(source) => {
-                    stop(running);
+                    stop(running, &self.gate);
                     return Err(Error::System { step: "start a vCPU thread", source });
                 }
             }
+        }
+        // All that run from the start are there; what this thread starts later gets a filter inside this one's.
+        if let Err(error) = sandbox::enter(Role::Main) {
+            stop(running, &self.gate);
+            return Err(error.into());
         }
         let ending = loop {
             if let Some(ending) = self.end.ending() {
@@ -306,7 +378,7 @@ impl Machine {
         };
         let report = counting.as_ref().map(Lifetime::report);
         // A vCPU that did not stop may be the one that holds the console.
-        if stop(running)
+        if stop(running, &self.gate)
             && let Some(port) = &self.devices.serial
         {
             port.flush();
@@ -320,10 +392,12 @@ impl Machine {
 }
 
 /// Takes all vCPUs out of the guest; says whether all of them went.
-fn stop(running: Vec<Running>) -> bool {
+fn stop(running: Vec<Running>, gate: &Gate) -> bool {
     for vcpu in &running {
         vcpu.stop();
     }
+    // After the flags: who is let go from a pause sees them.
+    gate.end();
     let deadline = Instant::now() + STOP_WITHIN;
     // Every thread is waited for, also after one that did not end.
     let left_behind =
@@ -363,6 +437,34 @@ fn move_host_irqs(options: &MachineOptions) -> Result<Option<HostIrqs>, Error> {
     let of_devices = options.devices.iter().map(|device| IrqSource::PciDevice(device.address.to_string()));
     let sources = ivcpu.host_irqs.iter().cloned().chain(of_devices).collect();
     Ok(Some(HostIrqs::move_to(pcpu, sources)?))
+}
+
+/// Makes the API's socket.
+fn open_api(path: &Path, options: &MachineOptions) -> Result<Api, Error> {
+    let (listener, file) = api::socket::open(path)?;
+    Ok(Api { listener, config: options.into(), memory: options.memory.size, file })
+}
+
+/// KVM's counters of each vCPU, by its thread's name.
+fn counters(vcpus: &[Vcpu]) -> BTreeMap<String, VcpuStats> {
+    let open = |vcpu: &Vcpu| match VcpuStats::open(&vcpu.fd) {
+        Ok(stats) => Some((vcpu.name.clone(), stats)),
+        Err(error) => {
+            tracing::info!("KVM has no counters of {}: {error}", vcpu.name);
+            None
+        }
+    };
+    vcpus.iter().filter_map(open).collect()
+}
+
+/// What of the file system a running VM needs.
+fn needs(options: &MachineOptions) -> landlock::Needs {
+    let moves = |ivcpu: &IvcpuOptions| !(ivcpu.host_irqs.is_empty() && options.devices.is_empty());
+    landlock::Needs {
+        host_irqs: options.ivcpu.as_ref().is_some_and(moves),
+        exits: options.exits.is_some(),
+        api_socket: options.api_socket.clone(),
+    }
 }
 
 fn create_vcpu(
