@@ -199,7 +199,6 @@ impl Machine {
     pub fn new(options: &MachineOptions) -> Result<Self, Error> {
         // Before the first thread starts, because threads inherit which signals are blocked.
         let signals = signals::block().map_err(system("block the signals that end a VM"))?;
-        sandbox::arm(options.sandbox)?;
         let placement = Placement::check(&options.cpus, options.ivcpu.as_ref(), &pin::online()?)?;
         // What a run that was killed left moved may be on a pCPU this one uses, with an IVCPU or without.
         if let Err(error) = affinity::recover() {
@@ -211,6 +210,7 @@ impl Machine {
         let fifo = fifo_options.map(Fifo::open).transpose()?;
         let boot_files = options.kernel.open().map_err(kernel::Error::from)?;
         pin::keep_off(&placement.taken())?;
+        sandbox::arm(options.sandbox)?;
         let kvm = kvm::open()?;
         let vm = Arc::new(kvm::create_vm(&kvm)?);
         let memory = memory::allocate(&options.memory)?;

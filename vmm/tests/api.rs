@@ -101,7 +101,7 @@ fn a_vm_says_what_it_is_and_counts_its_exits() {
     assert_eq!(info["memory_actual_size"], 64 << 20);
     assert_eq!(info["config"]["serial"]["file"], served.output.to_str().unwrap());
     // Each byte the guest says is an exit.
-    let exits = || served.get("vm.counters").1["vcpu0"]["io_exits"].as_u64().unwrap();
+    let exits = || served.get("vm.counters").1["vcpu0"]["exits"].as_u64().unwrap();
     let (before, said) = (exits(), served.said());
     wait_until("the guest says more", || served.said() >= said + 50);
     assert!(exits() >= before + 50);

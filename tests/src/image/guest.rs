@@ -17,8 +17,8 @@ pub const SERVICE: &str = "/usr/sbin/ivcpu-irq";
 /// Where the shipped guest module lies in the guest.
 pub const MODULE: &str = "/modules/ivcpu.ko";
 
-/// Loaded at start. virtio_pmem is one of the FIFO region's two carriers.
-const MODULES: [&str; 4] = ["virtio_pci", "virtio_net", "virtio_console", "virtio_pmem"];
+/// Loaded at start. virtio_pmem is one of the FIFO region's two carriers; a press of the power button comes through the last two.
+const MODULES: [&str; 6] = ["virtio_pci", "virtio_net", "virtio_console", "virtio_pmem", "button", "evdev"];
 
 /// What goes into a guest's image.
 pub(super) struct Contents<'a> {

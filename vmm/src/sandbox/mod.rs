@@ -3,7 +3,7 @@
 //! Everything is opened first; then each thread gives up, for good, what its role does not need. Two fences, both on by default:
 //!
 //! - [`seccomp`]: each thread may make only the system calls that [`rules`] lists for its [`Role`]. A forbidden one ends the
-//!   process, and [`violation`] says which it was.
+//!   process, and [`violation`] says which it was. With `--seccomp log` it is made, and a thread of its own says which.
 //! - [`landlock`]: no file can be opened but those that are still needed while the VM runs, and no TCP connection be made.
 //!
 //! A thread inherits the filter of the one that starts it and adds its own, so a role that starts threads has at least what those have.
@@ -13,6 +13,7 @@ pub mod landlock;
 pub mod rules;
 pub mod seccomp;
 pub mod violation;
+mod witness;
 
 use std::str::FromStr;
 use std::sync::OnceLock;
@@ -43,7 +44,7 @@ pub enum Seccomp {
     True,
     /// Nothing is forbidden.
     False,
-    /// The call is made, and the kernel's log says which it was.
+    /// The call is made, and standard error says which it was.
     Log,
 }
 
@@ -114,11 +115,6 @@ pub fn arm(options: SandboxOptions) -> Result<(), Error> {
         std::panic::set_hook(Box::new(|panic| eprintln!("ivcpu-vmm: {panic}")));
         violation::install_handler()
             .map_err(|source| Error::System { step: "catch forbidden system calls", source })?;
-    } else {
-        tracing::warn!(
-            "--seccomp log forbids nothing: the kernel's log has the number of each call outside the rules (`dmesg | grep \
-             'type=1326.*syscall='`); `ausyscall NUMBER` has its name"
-        );
     }
     // Armed twice only by a program that makes two machines; the first one's filters stay.
     let _ = FILTERS.set(filters);

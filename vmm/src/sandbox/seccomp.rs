@@ -5,14 +5,19 @@ use std::io;
 
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    TargetArch, apply_filter,
+    TargetArch, apply_filter, sock_filter,
 };
 
 use super::rules::{Rule, When};
+use super::witness::Witness;
 use super::{Error, Role, Seccomp};
 
 /// A filter for each role.
-pub(super) struct Filters(BTreeMap<Role, BpfProgram>);
+pub(super) struct Filters {
+    programs: BTreeMap<Role, BpfProgram>,
+    /// Who lets forbidden calls be made, with `--seccomp log`.
+    witness: Option<Witness>,
+}
 
 impl Filters {
     /// Compiles all of them, and looks whether the kernel has filters.
@@ -22,12 +27,25 @@ impl Filters {
             Ok(program) => Ok((role, program)),
             Err(source) => Err(Error::Filter { role, source: source.into() }),
         });
-        Ok(Self(compiled.collect::<Result<_, _>>()?))
+        let programs = compiled.collect::<Result<_, _>>()?;
+        let witness = match mode {
+            Seccomp::Log => Some(Witness::start().map_err(|source| Error::System {
+                step: "start the thread that says what is forbidden",
+                source,
+            })?),
+            Seccomp::True | Seccomp::False => None,
+        };
+        Ok(Self { programs, witness })
     }
 
     /// Gives the calling thread the filter of its role.
     pub(super) fn apply(&self, role: Role) -> Result<(), Error> {
-        let program = self.0.get(&role).map(Vec::as_slice).unwrap_or_default();
+        let program = self.programs.get(&role).map(Vec::as_slice).unwrap_or_default();
+        if let Some(witness) = &self.witness
+            && witness.install(role, &asking(program)).is_ok()
+        {
+            return Ok(());
+        }
         apply_filter(program).map_err(|source| Error::Apply { role, source })
     }
 }
@@ -55,6 +73,18 @@ fn compile<'a>(
         Seccomp::True | Seccomp::False => SeccompAction::Trap,
     };
     SeccompFilter::new(calls, forbidden, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
+}
+
+/// The same program, but what it only logs it asks the witness about: an action that seccompiler does not know.
+fn asking(program: &[sock_filter]) -> BpfProgram {
+    let returns = (libc::BPF_RET | libc::BPF_K) as u16;
+    let ask = |mut instruction: sock_filter| {
+        if instruction.code == returns && instruction.k == libc::SECCOMP_RET_LOG {
+            instruction.k = libc::SECCOMP_RET_USER_NOTIF;
+        }
+        instruction
+    };
+    program.iter().cloned().map(ask).collect()
 }
 
 /// The conditions of which one must hold.
@@ -100,7 +130,7 @@ mod tests {
         for mode in [Seccomp::True, Seccomp::Log] {
             let filters = Filters::compile(mode).unwrap();
             for role in Role::ALL {
-                let length = filters.0[&role].len();
+                let length = filters.programs[&role].len();
                 // The kernel's limit is 4096 instructions.
                 assert!((50..2048).contains(&length), "{role}: {length}");
             }
