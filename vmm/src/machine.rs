@@ -1,9 +1,7 @@
 //! What a VM is made of, and how it runs to its end. Wiring only: each part is a module of its own.
 
-use std::collections::BTreeMap;
 use std::io;
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,15 +12,12 @@ use nix::sys::signalfd::SignalFd;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::affinity::refresh::Refresh;
-use crate::api;
-use crate::api::info::VmConfig;
-use crate::api::routes::Control;
-use crate::api::socket::SocketFile;
 use crate::affinity::{self, HostIrqs, IrqSource};
+use crate::api::{self, Api};
 use crate::boot::{acpi, cpuid, kernel, mtrr, registers, reset_vector};
 use crate::chain::Chain;
 use crate::devices::Devices;
-use crate::exits::{self, VcpuStats, lifetime::Lifetime};
+use crate::exits::{self, lifetime::Lifetime};
 use crate::fifo::{self, Fifo};
 use crate::gsi::{self, KvmRouter, MessageRouter};
 use crate::ivcpu::{self, IvcpuOptions};
@@ -185,15 +180,6 @@ pub struct Machine {
     _fifo: Option<Fifo>,
 }
 
-/// The API, ready to be served.
-struct Api {
-    listener: UnixListener,
-    config: VmConfig,
-    memory: u64,
-    /// Removed with the machine.
-    file: SocketFile,
-}
-
 impl Machine {
     /// Makes the VM: memory, CPUs, devices, and the guest's first instruction.
     pub fn new(options: &MachineOptions) -> Result<Self, Error> {
@@ -278,8 +264,8 @@ impl Machine {
             end: Arc::new(EndSignal::new().map_err(system("make an eventfd"))?),
             gate: Arc::default(),
             button,
-            api: options.api_socket.as_deref().map(|path| open_api(path, options)).transpose()?,
-            needs: options.sandbox.landlock.then(|| needs(options)),
+            api: options.api_socket.as_deref().map(|path| Api::open(path, options)).transpose()?,
+            needs: options.sandbox.landlock.then(|| options.into()),
             interactive: options.serial == SerialMode::Tty,
             exits: options.exits,
             host_irqs: move_host_irqs(options)?,
@@ -334,24 +320,16 @@ impl Machine {
         }
 
         let counting = self.exits.map(Lifetime::start).transpose()?;
-        let _socket = match self.api.take() {
-            Some(Api { listener, config, memory, file }) => {
-                let control = Control {
-                    config,
-                    memory,
-                    gate: Arc::clone(&self.gate),
-                    end: Arc::clone(&self.end),
-                    button: self.button.clone(),
-                    counters: counters(&self.vcpus),
-                };
-                api::serve(listener, control).map_err(system("start the API thread"))?;
-                Some(file)
-            }
-            None => None,
-        };
+        let api = self.api.take().map(|api| {
+            let (gate, end) = (Arc::clone(&self.gate), Arc::clone(&self.end));
+            api.serve(&self.vcpus, gate, end, self.button.clone())
+        });
+        // The socket's file, removed on return.
+        let _socket = api.transpose().map_err(system("start the API thread"))?;
         let mut running = Vec::new();
         for vcpu in std::mem::take(&mut self.vcpus) {
-            let started = vcpu.start(Arc::clone(&self.devices), Arc::clone(&self.end), Arc::clone(&self.gate));
+            let started =
+                vcpu.start(Arc::clone(&self.devices), Arc::clone(&self.end), Arc::clone(&self.gate));
             match started {
                 Ok(vcpu) => running.push(vcpu),
                 Err(source) => {
@@ -437,34 +415,6 @@ fn move_host_irqs(options: &MachineOptions) -> Result<Option<HostIrqs>, Error> {
     let of_devices = options.devices.iter().map(|device| IrqSource::PciDevice(device.address.to_string()));
     let sources = ivcpu.host_irqs.iter().cloned().chain(of_devices).collect();
     Ok(Some(HostIrqs::move_to(pcpu, sources)?))
-}
-
-/// Makes the API's socket.
-fn open_api(path: &Path, options: &MachineOptions) -> Result<Api, Error> {
-    let (listener, file) = api::socket::open(path)?;
-    Ok(Api { listener, config: options.into(), memory: options.memory.size, file })
-}
-
-/// KVM's counters of each vCPU, by its thread's name.
-fn counters(vcpus: &[Vcpu]) -> BTreeMap<String, VcpuStats> {
-    let open = |vcpu: &Vcpu| match VcpuStats::open(&vcpu.fd) {
-        Ok(stats) => Some((vcpu.name.clone(), stats)),
-        Err(error) => {
-            tracing::info!("KVM has no counters of {}: {error}", vcpu.name);
-            None
-        }
-    };
-    vcpus.iter().filter_map(open).collect()
-}
-
-/// What of the file system a running VM needs.
-fn needs(options: &MachineOptions) -> landlock::Needs {
-    let moves = |ivcpu: &IvcpuOptions| !(ivcpu.host_irqs.is_empty() && options.devices.is_empty());
-    landlock::Needs {
-        host_irqs: options.ivcpu.as_ref().is_some_and(moves),
-        exits: options.exits.is_some(),
-        api_socket: options.api_socket.clone(),
-    }
 }
 
 fn create_vcpu(

@@ -174,7 +174,8 @@ mod tests {
     #[test]
     fn nobody_passes_a_closed_gate_and_everybody_an_open_one() {
         crate::vcpu::install_signal_handler().unwrap();
-        let (gate, passed, end) = (Arc::<Gate>::default(), Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
+        let (gate, passed, end) =
+            (Arc::<Gate>::default(), Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
         let threads = [(); 3].map(|()| {
             let (gate, passed, end) = (Arc::clone(&gate), Arc::clone(&passed), Arc::clone(&end));
             thread::spawn(move || {

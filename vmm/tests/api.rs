@@ -71,7 +71,10 @@ fn a_paused_guest_stands_still_until_it_is_resumed() {
         std::thread::sleep(Duration::from_millis(100));
         assert_eq!(served.said(), before);
         let (status, why) = served.put("vm.pause");
-        assert_eq!((status, why[0].as_str()), (405, Some("the VM is paused already; resume it with vm.resume")));
+        assert_eq!(
+            (status, why[0].as_str()),
+            (405, Some("the VM is paused already; resume it with vm.resume"))
+        );
 
         assert_eq!(served.put("vm.resume").0, 204);
         assert_eq!(served.get("vm.info").1["state"], "Running");

@@ -19,7 +19,8 @@ fn confined(role: Role, seccomp: Seccomp, work: fn()) -> (i32, String) {
     let child = match unsafe { fork() }.unwrap() {
         ForkResult::Child => {
             dup2_stderr(&writer).unwrap();
-            let confined = sandbox::arm(SandboxOptions { seccomp, landlock: false }).and_then(|()| sandbox::enter(role));
+            let confined =
+                sandbox::arm(SandboxOptions { seccomp, landlock: false }).and_then(|()| sandbox::enter(role));
             let status = match confined {
                 Ok(()) => {
                     work();
@@ -74,7 +75,8 @@ fn a_forbidden_call_ends_the_process_and_its_name_is_said() {
         ] {
             let (status, said) = confined(role, Seccomp::True, work);
             assert_eq!(status, i32::from(violation::EXIT_STATUS), "{role}, {name}: {said}");
-            let expected = format!("ivcpu-vmm: the {role} thread made the forbidden system call {name} ({number});");
+            let expected =
+                format!("ivcpu-vmm: the {role} thread made the forbidden system call {name} ({number});");
             assert!(said.starts_with(&expected) && said.lines().count() == 1, "{said}");
         }
     }
@@ -91,7 +93,8 @@ fn a_call_is_made_where_it_is_only_logged_or_not_looked_at() {
     let (status, said) = confined(Role::Vcpu, Seccomp::Log, work);
     assert_eq!((status, said.matches("\n").count()), (0, 2), "each is said once: {said}");
     for call in ["socket (41)", "bind (49)"] {
-        let line = format!("ivcpu-vmm: the vCPU thread made the system call {call}, which --seccomp true forbids\n");
+        let line =
+            format!("ivcpu-vmm: the vCPU thread made the system call {call}, which --seccomp true forbids\n");
         assert!(said.contains(&line), "{said}");
     }
 }
@@ -132,7 +135,8 @@ fn of_threads(vmm: &Vmm, line: &str) -> Vec<(String, String)> {
     tasks
         .filter_map(|task| {
             let status = std::fs::read_to_string(task.unwrap().path().join("status")).ok()?;
-            let value = |key: &str| Some(status.lines().find_map(|line| line.strip_prefix(key))?.trim().to_owned());
+            let value =
+                |key: &str| Some(status.lines().find_map(|line| line.strip_prefix(key))?.trim().to_owned());
             Some((value("Name:")?, value(line)?))
         })
         .collect()

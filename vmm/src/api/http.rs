@@ -68,7 +68,8 @@ impl Answer {
     fn to_bytes(&self) -> Vec<u8> {
         let Self { status, body } = self;
         let reason = self.reason();
-        let mut text = format!("HTTP/1.1 {status} {reason}\r\nServer: ivcpu-vmm API\r\nConnection: close\r\n");
+        let mut text =
+            format!("HTTP/1.1 {status} {reason}\r\nServer: ivcpu-vmm API\r\nConnection: close\r\n");
         // An answer without content has no length either.
         if *status != 204 {
             text += &format!("Content-Type: application/json\r\nContent-Length: {}\r\n", body.len());
@@ -118,7 +119,10 @@ fn read_request(stream: &UnixStream, deadline: Instant) -> io::Result<Result<(Me
         match parse(&bytes) {
             Ok(Some(head)) => break head,
             Ok(None) if bytes.len() >= MAX_HEAD => {
-                return Ok(Err(Answer::error(431, &format!("the request's header exceeds {MAX_HEAD} bytes"))));
+                return Ok(Err(Answer::error(
+                    431,
+                    &format!("the request's header exceeds {MAX_HEAD} bytes"),
+                )));
             }
             Ok(None) => {}
             Err(refusal) => return Ok(Err(refusal)),
@@ -161,7 +165,10 @@ fn parse(bytes: &[u8]) -> Result<Option<Head>, Answer> {
         Ok(httparse::Status::Complete(length)) => length,
         Ok(httparse::Status::Partial) => return Ok(None),
         Err(httparse::Error::TooManyHeaders) => {
-            return Err(Answer::error(431, &format!("the request has more than {MAX_HEADERS} header fields")));
+            return Err(Answer::error(
+                431,
+                &format!("the request has more than {MAX_HEADERS} header fields"),
+            ));
         }
         Err(error) => return Err(Answer::error(400, &format!("this is no HTTP request: {error}"))),
     };
@@ -180,7 +187,9 @@ fn parse(bytes: &[u8]) -> Result<Option<Head>, Answer> {
             let text = std::str::from_utf8(header.value).unwrap_or_default();
             body = match text.trim().parse::<usize>() {
                 Ok(length) if length <= MAX_BODY => length,
-                Ok(_) => return Err(Answer::error(413, &format!("the request's body exceeds {MAX_BODY} bytes"))),
+                Ok(_) => {
+                    return Err(Answer::error(413, &format!("the request's body exceeds {MAX_BODY} bytes")));
+                }
                 Err(_) => return Err(Answer::error(400, "Content-Length is no number")),
             };
         }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -29,6 +30,8 @@ pub struct Control {
     pub button: PowerButton,
     /// KVM's counters by the vCPUs' names; none on a kernel before 5.14.
     pub counters: BTreeMap<String, VcpuStats>,
+    /// Whether the VM's end was asked for.
+    pub shutdown: AtomicBool,
 }
 
 #[derive(Serialize)]
@@ -47,6 +50,13 @@ struct Info<'a> {
 }
 
 impl Control {
+    /// Does what has to wait until the peer has its answer: the process may be gone a moment later.
+    pub fn answered(&self) {
+        if self.shutdown.load(Ordering::SeqCst) {
+            self.end.give(Ending::Asked);
+        }
+    }
+
     /// Does what a request asks for.
     pub fn answer(&self, method: Method, path: &str) -> Answer {
         use Method::{Get, Put};
@@ -69,7 +79,7 @@ impl Control {
             }
             // The VM's end is the VMM's here.
             (Put, "vm.shutdown" | "vmm.shutdown") => {
-                self.end.give(Ending::Asked);
+                self.shutdown.store(true, Ordering::SeqCst);
                 Answer::done()
             }
             (Put, "vm.power-button") => match self.button.press() {
@@ -78,7 +88,9 @@ impl Control {
             },
             (Put, "vm.pause") => changed(self.gate.pause(PAUSE_WITHIN)),
             (Put, "vm.resume") => changed(self.gate.resume()),
-            (Put, "vmm.ping" | "vm.info" | "vm.counters") => Answer::error(405, &format!("GET {path}, not PUT")),
+            (Put, "vmm.ping" | "vm.info" | "vm.counters") => {
+                Answer::error(405, &format!("GET {path}, not PUT"))
+            }
             (Get, "vm.shutdown" | "vmm.shutdown" | "vm.power-button" | "vm.pause" | "vm.resume") => {
                 Answer::error(405, &format!("PUT {path}, not GET"))
             }
@@ -120,6 +132,7 @@ mod tests {
             end: Arc::new(EndSignal::new().unwrap()),
             button: PowerButton::new().unwrap(),
             counters: BTreeMap::new(),
+            shutdown: AtomicBool::new(false),
         }
     }
 
@@ -155,6 +168,8 @@ mod tests {
     fn a_shutdown_ends_the_vm_in_order() {
         let control = control();
         assert_eq!(control.answer(Method::Put, "/api/v1/vm.shutdown"), Answer::done());
+        assert_eq!(control.end.ending(), None, "not before the answer is out");
+        control.answered();
         assert_eq!(control.end.ending(), Some(Ending::Asked));
     }
 

@@ -7,8 +7,8 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify,
-    Package, Path, ResourceTemplate, Scope,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name,
+    Notify, Package, Path, ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
@@ -237,12 +237,7 @@ fn power_button() -> Vec<u8> {
                 &ResourceTemplate::new(vec![&Interrupt::new(true, true, false, false, power::BUTTON_GSI)]),
             ),
             // Its argument is the number of the line, of which there is one.
-            &Method::new(
-                "_EVT".into(),
-                1,
-                true,
-                vec![&Notify::new(&Path::new("PWRB"), &BUTTON_PRESSED)],
-            ),
+            &Method::new("_EVT".into(), 1, true, vec![&Notify::new(&Path::new("PWRB"), &BUTTON_PRESSED)]),
         ],
     )));
     devices

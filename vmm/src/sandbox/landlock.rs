@@ -11,11 +11,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus, Scope,
-    path_beneath_rules,
+    ABI, Access, AccessFs, AccessNet, BitFlags, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus,
+    Scope, path_beneath_rules,
 };
 
 use super::Error;
+use crate::ivcpu::IvcpuOptions;
+use crate::machine::MachineOptions;
 use crate::{affinity, exits};
 
 /// The newest version whose file rights are asked for: 6.12. Later ones know rights that this program has not been
@@ -31,6 +33,17 @@ pub struct Needs {
     pub exits: bool,
     /// The API's socket, which is removed at the end.
     pub api_socket: Option<PathBuf>,
+}
+
+impl From<&MachineOptions> for Needs {
+    fn from(options: &MachineOptions) -> Self {
+        let moves = |ivcpu: &IvcpuOptions| !(ivcpu.host_irqs.is_empty() && options.devices.is_empty());
+        Self {
+            host_irqs: options.ivcpu.as_ref().is_some_and(moves),
+            exits: options.exits.is_some(),
+            api_socket: options.api_socket.clone(),
+        }
+    }
 }
 
 impl Needs {
@@ -103,7 +116,11 @@ mod tests {
     #[test]
     fn nothing_is_ever_executed_or_made_into_a_device() {
         let needs = Needs { host_irqs: true, exits: true, api_socket: Some("/run/vm.sock".into()) };
-        let never = AccessFs::Execute | AccessFs::MakeChar | AccessFs::MakeBlock | AccessFs::MakeSock | AccessFs::MakeSym;
+        let never = AccessFs::Execute
+            | AccessFs::MakeChar
+            | AccessFs::MakeBlock
+            | AccessFs::MakeSock
+            | AccessFs::MakeSym;
         for (path, access) in needs.rules() {
             assert!((access & never).is_empty(), "{}: {access:?}", path.display());
         }

@@ -65,7 +65,9 @@ impl FromStr for Seccomp {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The kernel has no filters, or none that can say what they caught.
-    #[error("this kernel has no seccomp filters (CONFIG_SECCOMP_FILTER); --seccomp false runs the VM without")]
+    #[error(
+        "this kernel has no seccomp filters (CONFIG_SECCOMP_FILTER); --seccomp false runs the VM without"
+    )]
     NoSeccomp(#[source] std::io::Error),
     /// The rules do not make a filter: a mistake in [`rules`].
     #[error("cannot make the seccomp filter of the {role} thread")]

@@ -29,15 +29,8 @@ pub enum Role {
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 7] = [
-        Self::Main,
-        Self::Vcpu,
-        Self::Device,
-        Self::Reconnect,
-        Self::Deadline,
-        Self::Console,
-        Self::Api,
-    ];
+    pub const ALL: [Self; 7] =
+        [Self::Main, Self::Vcpu, Self::Device, Self::Reconnect, Self::Deadline, Self::Console, Self::Api];
 
     /// Its name in messages.
     pub const fn name(self) -> &'static str {
@@ -138,7 +131,8 @@ const EVERY_THREAD: &[Rule] = &[
     own_process(tgkill, 0), // Takes vCPUs out of the guest; abort.
     any(exit),
     any(exit_group),
-    one_of(ioctl, 1, &[libc::TCSETS]), // Gives the terminal back before the process ends.
+    // Gives the terminal back before the process ends; the second is a newer C library's.
+    one_of(ioctl, 1, &[libc::TCSETS as u64, libc::TCSETS2 as u64]),
 ];
 
 /// Starting threads: those start with the filter of this one and then get their own.
@@ -153,13 +147,8 @@ const THREADS: &[Rule] = &[
 ];
 
 /// The event loop.
-const MAIN: &[Rule] = &[
-    any(epoll_wait),
-    any(epoll_pwait),
-    any(epoll_ctl),
-    any(timerfd_settime),
-    any(eventfd2),
-];
+const MAIN: &[Rule] =
+    &[any(epoll_wait), any(epoll_pwait), any(epoll_ctl), any(timerfd_settime), any(eventfd2)];
 
 /// Host interrupts come and go while the VM runs (`affinity.rs`), the count of exits is read and its tracing instance
 /// removed at the end, and the API's socket with it. Which files, landlock says.
@@ -195,12 +184,12 @@ const MACHINE: &[Rule] = &[
         ioctl,
         1,
         &[
-            kvm_write::<kvm::kvm_irqfd>(0x76),                   // KVM_IRQFD: a vector is masked or not.
-            kvm_write::<kvm::kvm_ioeventfd>(0x79),               // KVM_IOEVENTFD: a notify address moves.
-            kvm_write::<kvm::kvm_irq_routing>(0x6a),             // KVM_SET_GSI_ROUTING: a vector's message.
+            kvm_write::<kvm::kvm_irqfd>(0x76), // KVM_IRQFD: a vector is masked or not.
+            kvm_write::<kvm::kvm_ioeventfd>(0x79), // KVM_IOEVENTFD: a notify address moves.
+            kvm_write::<kvm::kvm_irq_routing>(0x6a), // KVM_SET_GSI_ROUTING: a vector's message.
             kvm_write::<kvm::kvm_userspace_memory_region>(0x46), // KVM_SET_USER_MEMORY_REGION: a BAR moves.
-            vfio(10),                                            // VFIO_DEVICE_SET_IRQS
-            vfio(11),                                            // VFIO_DEVICE_RESET
+            vfio(10),                          // VFIO_DEVICE_SET_IRQS
+            vfio(11),                          // VFIO_DEVICE_RESET
         ],
     ),
     any(eventfd2), // A queue's kick and call are made when the driver sets it up.
@@ -224,9 +213,9 @@ const VCPU: &[Rule] = &[one_of(
     ioctl,
     1,
     &[
-        kvm_none(0x80),                    // KVM_RUN
-        kvm_none(0xad),                    // KVM_KVMCLOCK_CTRL: the guest's watchdogs forgive a pause.
-        kvm_read::<kvm::kvm_regs>(0x81),   // KVM_GET_REGS, for the message when KVM cannot go on.
+        kvm_none(0x80),                  // KVM_RUN
+        kvm_none(0xad),                  // KVM_KVMCLOCK_CTRL: the guest's watchdogs forgive a pause.
+        kvm_read::<kvm::kvm_regs>(0x81), // KVM_GET_REGS, for the message when KVM cannot go on.
     ],
 )];
 
@@ -244,7 +233,7 @@ const DEVICE: &[Rule] = &[
     any(pwritev),
     any(fsync),
     any(fdatasync),
-    any(fallocate), // Discard and write-zeroes of a file.
+    any(fallocate),                      // Discard and write-zeroes of a file.
     one_of(ioctl, 1, &[0x1277, 0x127f]), // The same of a block device: BLKDISCARD, BLKZEROOUT.
     any(timerfd_settime),
 ];
@@ -313,7 +302,9 @@ mod tests {
     #[test]
     fn nobody_executes_programs_traces_or_makes_network_sockets() {
         for role in Role::ALL {
-            for call in [execve, execveat, fork, vfork, ptrace, process_vm_writev, bpf, init_module, mount, setuid] {
+            for call in
+                [execve, execveat, fork, vfork, ptrace, process_vm_writev, bpf, init_module, mount, setuid]
+            {
                 assert!(!calls(role).contains(&call), "{role}: {call}");
             }
             let sockets = role.rules().filter(|rule| rule.call == socket);

@@ -98,9 +98,7 @@ fn alternatives(when: When) -> Result<Vec<SeccompRule>, seccompiler::BackendErro
         When::OneOf(argument, values) => {
             values.iter().map(|&value| one(argument, Dword, SeccompCmpOp::Eq, value)).collect()
         }
-        When::Without(argument, bits) => {
-            Ok(vec![one(argument, Qword, SeccompCmpOp::MaskedEq(bits), 0)?])
-        }
+        When::Without(argument, bits) => Ok(vec![one(argument, Qword, SeccompCmpOp::MaskedEq(bits), 0)?]),
         When::OwnProcess(argument) => {
             Ok(vec![one(argument, Dword, SeccompCmpOp::Eq, u64::from(std::process::id()))?])
         }
@@ -111,7 +109,8 @@ fn alternatives(when: When) -> Result<Vec<SeccompRule>, seccompiler::BackendErro
 fn check_kernel() -> Result<(), Error> {
     for action in [libc::SECCOMP_RET_TRAP, libc::SECCOMP_RET_LOG] {
         // SAFETY: the kernel reads the four bytes that the pointer leads to, and keeps nothing.
-        let answer = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0, &raw const action) };
+        let answer =
+            unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0, &raw const action) };
         if answer != 0 {
             return Err(Error::NoSeccomp(io::Error::last_os_error()));
         }

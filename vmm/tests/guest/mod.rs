@@ -42,7 +42,8 @@ impl Vmm {
     pub(crate) fn start(kernel: &Path, more: &[&str]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ivcpu-vmm"));
         command.arg("--kernel").arg(kernel).args(["--memory", "size=64M"]).args(more);
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let child =
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         Self(child)
     }
 
