@@ -91,7 +91,7 @@ fn interrupts_of_the_uplink_go_to_the_ivcpu_and_come_back() -> Result<()> {
                 fs::write(affinity_file(irq), list)?;
             }
             wait_for(&mut vmm, &on_ivcpu)?;
-            ensure!(end(vmm, Signal::SIGTERM)? == Some(128 + Signal::SIGTERM as i32));
+            ensure!(end(vmm, Signal::SIGINT)? == Some(128 + Signal::SIGINT as i32));
             ensure!(affinities()? == before, "{:?} instead of {before:?}", affinities()?);
         }
 
@@ -103,7 +103,7 @@ fn interrupts_of_the_uplink_go_to_the_ivcpu_and_come_back() -> Result<()> {
             ensure!(affinities()? == on_ivcpu, "a kill cannot restore anything");
             let mut vmm = start(host, next)?;
             wait_for(&mut vmm, &before)?;
-            end(vmm, Signal::SIGTERM)?;
+            end(vmm, Signal::SIGINT)?;
             ensure!(affinities()? == before, "{:?} instead of {before:?}", affinities()?);
         }
         Ok(())

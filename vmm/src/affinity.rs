@@ -99,6 +99,15 @@ impl FromStr for IrqSource {
     }
 }
 
+/// Where the kernel shows interrupts, and takes their affinity.
+pub const IRQS: &str = "/proc/irq";
+/// Where the kernel links to PCI functions.
+pub const PCI_DEVICES: &str = "/sys/bus/pci/devices";
+/// Where the kernel links to network interfaces.
+pub const INTERFACES: &str = "/sys/class/net";
+/// Where journals are kept.
+pub const JOURNALS: &str = "/run/ivcpu";
+
 /// Where the kernel shows interrupts and devices, and where journals are kept; elsewhere in tests.
 #[derive(Clone, Debug)]
 struct Roots {
@@ -111,10 +120,10 @@ struct Roots {
 impl Default for Roots {
     fn default() -> Self {
         Roots {
-            irqs: "/proc/irq".into(),
-            pci_devices: "/sys/bus/pci/devices".into(),
-            interfaces: "/sys/class/net".into(),
-            journals: "/run/ivcpu".into(),
+            irqs: IRQS.into(),
+            pci_devices: PCI_DEVICES.into(),
+            interfaces: INTERFACES.into(),
+            journals: JOURNALS.into(),
         }
     }
 }

@@ -4,12 +4,14 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::api::socket::ApiSocket;
 use crate::boot::kernel::KernelOptions;
 use crate::doctor;
 use crate::exits;
 use crate::ivcpu::IvcpuOptions;
 use crate::machine::MachineOptions;
 use crate::memory::MemoryOptions;
+use crate::sandbox::{SandboxOptions, Seccomp};
 use crate::serial::SerialMode;
 use crate::vcpu::CpusOptions;
 use crate::vfio;
@@ -101,6 +103,18 @@ pub struct RunOptions {
     #[arg(long, value_name = "OPTIONS")]
     pub ivcpu: Option<IvcpuOptions>,
 
+    /// Socket to be made for the API: HTTP with Cloud Hypervisor's paths, such as `GET /api/v1/vm.info`
+    #[arg(long, value_name = "PATH")]
+    pub api_socket: Option<ApiSocket>,
+
+    /// What a system call does that a thread has no business with: true ends the VMM, log lets the kernel log it, false nothing
+    #[arg(long, value_name = "MODE", default_value = "true")]
+    pub seccomp: Seccomp,
+
+    /// Whether the VMM gives up access to files once all that it needs are open
+    #[arg(long, value_name = "BOOL", default_value = "true", action = clap::ArgAction::Set)]
+    pub landlock: bool,
+
     /// Count the VM's exits per physical CPU and reason, and print them when it ends: table or json (needs root)
     #[arg(long, value_name = "FORMAT")]
     pub exits: Option<exits::lifetime::Format>,
@@ -124,6 +138,8 @@ impl From<RunOptions> for MachineOptions {
             console: options.console,
             rng: options.rng,
             exits: options.exits,
+            api_socket: options.api_socket.map(|socket| socket.0),
+            sandbox: SandboxOptions { seccomp: options.seccomp, landlock: options.landlock },
         }
     }
 }
@@ -170,6 +186,9 @@ mod tests {
             (&["--kernel", "k", "--ivcpu", "affinity=3"], "expected a list of pCPUs"),
             (&["--kernel", "k", "--net", "socket=/x"], "vhost_user=true"),
             (&["--kernel", "k", "--serial", "pty"], "expected tty, null, off or file=PATH"),
+            (&["--kernel", "k", "--seccomp", "maybe"], "expected true, false or log"),
+            (&["--kernel", "k", "--landlock", "log"], "possible values: true, false"),
+            (&["--kernel", "k", "--api-socket", "path="], "expected the path of a socket"),
             (&["--colonel", "k"], "--colonel"),
             (&["--memory", "size=64M"], "--kernel"),
         ] {

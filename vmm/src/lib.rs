@@ -2,9 +2,11 @@
 //!
 //! A path says the concept: [`machine`] wires the parts together, [`boot`] plays the firmware, [`vcpu`] is KVM's run loop,
 //! [`pci`] and [`virtio`] are what a guest sees of its devices, [`ivcpu`] and [`pin`] say who runs where, [`fifo`]
-//! and [`ivshmem`] bring the region for exitless completions to the guest, [`vfio`] brings the host's own functions.
+//! and [`ivshmem`] bring the region for exitless completions to the guest, [`vfio`] brings the host's own functions,
+//! [`sandbox`] confines all of it, and [`api`] lets other programs look at the VM and change its state.
 
 pub mod affinity;
+pub mod api;
 pub mod boot;
 pub mod chain;
 pub mod cli;
@@ -19,10 +21,12 @@ pub mod ivshmem;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod pause;
 pub mod pci;
 pub mod pin;
 pub mod placement;
 pub mod power;
+pub mod sandbox;
 pub mod serial;
 pub mod signals;
 pub mod slot;

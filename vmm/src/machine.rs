@@ -1,6 +1,7 @@
 //! What a VM is made of, and how it runs to its end. Wiring only: each part is a module of its own.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,6 +13,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::affinity::refresh::Refresh;
 use crate::affinity::{self, HostIrqs, IrqSource};
+use crate::api::{self, Api};
 use crate::boot::{Entry, acpi, cpuid, kernel, mtrr, registers, reset_vector};
 use crate::chain::Chain;
 use crate::devices::Devices;
@@ -22,11 +24,13 @@ use crate::ivcpu::{self, IvcpuOptions};
 use crate::ivshmem::{self, Ivshmem};
 use crate::kvm;
 use crate::memory::{self, FreeSlots, GuestMemory, MemoryOptions};
+use crate::pause::Gate;
 use crate::pci::bus::{self, Bus};
 use crate::pci::window::{self, Window};
 use crate::pin;
 use crate::placement::{self, Placement, VcpuThread};
-use crate::power::{EndSignal, Ending};
+use crate::power::{self, EndSignal, Ending, PowerButton};
+use crate::sandbox::{self, Role, SandboxOptions, landlock};
 use crate::serial::{self, SerialMode};
 use crate::signals::{self, EndWatch};
 use crate::slot::KvmSlot;
@@ -77,6 +81,10 @@ pub struct MachineOptions {
     pub rng: RngOptions,
     /// Whether and how the VM's exits are counted and printed when it ends.
     pub exits: Option<exits::lifetime::Format>,
+    /// Where the API is served.
+    pub api_socket: Option<PathBuf>,
+    /// How the VMM is confined.
+    pub sandbox: SandboxOptions,
 }
 
 /// What can go wrong before a VM runs.
@@ -151,6 +159,12 @@ pub enum Error {
     /// The count of exits.
     #[error(transparent)]
     Exits(#[from] exits::Error),
+    /// The API's socket.
+    #[error(transparent)]
+    Api(#[from] api::socket::Error),
+    /// The sandbox.
+    #[error(transparent)]
+    Sandbox(#[from] sandbox::Error),
     /// Signals, threads and event files of the VMM itself.
     #[error("cannot {step}")]
     System {
@@ -181,6 +195,11 @@ pub struct Machine {
     console: Option<Console>,
     signals: SignalFd,
     end: Arc<EndSignal>,
+    gate: Arc<Gate>,
+    button: PowerButton,
+    api: Option<Api>,
+    /// What of the file system is needed from now on; `None` for all of it.
+    needs: Option<landlock::Needs>,
     interactive: Option<Interactive>,
     exits: Option<exits::lifetime::Format>,
     /// The host's interrupts that were moved; restored when this is dropped.
@@ -220,6 +239,7 @@ impl Machine {
             .map_err(block::Error::from)?;
         let boot_files = options.kernel.open().map_err(kernel::Error::from)?;
         pin::keep_off(&placement.taken())?;
+        sandbox::arm(options.sandbox)?;
         let kvm = kvm::open()?;
         let vm = Arc::new(kvm::create_vm(&kvm)?);
         let memory = memory::allocate(&options.memory)?;
@@ -242,6 +262,9 @@ impl Machine {
         if let Some(port) = &serial {
             vm.register_irqfd(port.interrupt(), serial::GSI).map_err(kvm::refused("the serial interrupt"))?;
         }
+        let button = PowerButton::new().map_err(system("make an eventfd"))?;
+        vm.register_irqfd(button.interrupt(), power::BUTTON_GSI)
+            .map_err(kvm::refused("the power button's interrupt"))?;
         let wiring = Wiring {
             memory: memory.clone(),
             messages: Arc::new(KvmRouter::new(Arc::clone(&vm))?) as Arc<dyn MessageRouter>,
@@ -294,6 +317,10 @@ impl Machine {
             console,
             signals,
             end: Arc::new(EndSignal::new().map_err(system("make an eventfd"))?),
+            gate: Arc::default(),
+            button,
+            api: options.api_socket.as_deref().map(|path| Api::open(path, options)).transpose()?,
+            needs: options.sandbox.landlock.then(|| options.into()),
             interactive,
             exits: options.exits,
             host_irqs: move_host_irqs(options)?,
@@ -307,9 +334,17 @@ impl Machine {
     /// Runs the VM until it ends, and says why it did. The terminal is as before when this returns.
     pub fn run(mut self) -> Result<Ending, Error> {
         vcpu::install_signal_handler().map_err(system("install the vCPU signal handler"))?;
+        if let Some(needs) = &self.needs {
+            landlock::restrict(needs)?;
+        }
         let mut events = EventManager::new().map_err(Error::Events)?;
-        events.add_subscriber(Box::new(EndWatch { end: Arc::clone(&self.end), signals: self.signals })
-            as Box<dyn MutEventSubscriber>);
+        let watch = EndWatch {
+            end: Arc::clone(&self.end),
+            signals: self.signals,
+            button: self.button.clone(),
+            asked: false,
+        };
+        events.add_subscriber(Box::new(watch) as Box<dyn MutEventSubscriber>);
         let raw_mode = if self.interactive.is_some() {
             RawMode::enter().map_err(system("put the terminal into raw mode"))?
         } else {
@@ -341,16 +376,28 @@ impl Machine {
         }
 
         let counting = self.exits.map(Lifetime::start).transpose()?;
+        let api = self.api.take().map(|api| {
+            let (gate, end) = (Arc::clone(&self.gate), Arc::clone(&self.end));
+            api.serve(&self.vcpus, gate, end, self.button.clone())
+        });
+        // The socket's file, removed on return.
+        let _socket = api.transpose().map_err(system("start the API thread"))?;
         let mut running = Vec::new();
         for vcpu in std::mem::take(&mut self.vcpus) {
-            let started = vcpu.start(Arc::clone(&self.devices), Arc::clone(&self.end));
+            let started =
+                vcpu.start(Arc::clone(&self.devices), Arc::clone(&self.end), Arc::clone(&self.gate));
             match started {
                 Ok(vcpu) => running.push(vcpu),
                 Err(source) => {
-                    stop(running);
+                    stop(running, &self.gate);
                     return Err(Error::System { step: "start a vCPU thread", source });
                 }
             }
+        }
+        // All that run from the start are there; what this thread starts later gets a filter inside this one's.
+        if let Err(error) = sandbox::enter(Role::Main) {
+            stop(running, &self.gate);
+            return Err(error.into());
         }
         let ending = loop {
             if let Some(ending) = self.end.ending() {
@@ -365,7 +412,7 @@ impl Machine {
         };
         let report = counting.as_ref().map(Lifetime::report);
         // A vCPU that did not stop may be the one that holds the console.
-        if stop(running)
+        if stop(running, &self.gate)
             && let Some(port) = &self.devices.serial
         {
             port.flush();
@@ -380,15 +427,21 @@ impl Machine {
 
 /// Starts the thread that reads standard input for as long as there is some.
 fn read_input(feed: impl FnOnce() + Send + 'static) -> Result<(), Error> {
-    let started = thread::Builder::new().name("stdin".into()).spawn(feed);
+    let confined = || {
+        sandbox::enter_or_exit(Role::Console);
+        feed();
+    };
+    let started = thread::Builder::new().name("stdin".into()).spawn(confined);
     started.map(drop).map_err(system("start the input thread"))
 }
 
 /// Takes all vCPUs out of the guest; says whether all of them went.
-fn stop(running: Vec<Running>) -> bool {
+fn stop(running: Vec<Running>, gate: &Gate) -> bool {
     for vcpu in &running {
         vcpu.stop();
     }
+    // After the flags: who is let go from a pause sees them.
+    gate.end();
     let deadline = Instant::now() + STOP_WITHIN;
     // Every thread is waited for, also after one that did not end.
     let left_behind =

@@ -1,7 +1,8 @@
-//! Power: the ports where a guest switches itself off or asks for a reset, and why a VM ended.
+//! Power: the ports where a guest switches itself off or asks for a reset, the button that asks it to, and why a VM ended.
 
 use std::fmt;
-use std::sync::Mutex;
+use std::io;
+use std::sync::{Arc, Mutex};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -18,6 +19,9 @@ pub const SLEEP_TYPE_OFF: u8 = 5;
 /// Command port of the keyboard controller, whose pulse on the reset line is the oldest way to reboot a PC.
 pub const KEYBOARD_PORT: u16 = 0x64;
 
+/// The interrupt line of the power button: edge, above those of the PC's own devices.
+pub const BUTTON_GSI: u32 = 5;
+
 const SLEEP_ENABLE: u8 = 1 << 5;
 const RESET_CPU: u8 = 1 << 2;
 const KEYBOARD_PULSE_RESET: u8 = 0xfe;
@@ -31,6 +35,8 @@ pub enum Ending {
     Reboot,
     /// A signal told the VMM to end.
     Signal(i32),
+    /// Somebody asked for it through the API.
+    Asked,
     /// A vCPU triple-faulted.
     TripleFault {
         /// Its number.
@@ -46,10 +52,10 @@ pub enum Ending {
 }
 
 impl Ending {
-    /// The exit status of the process: 0 when the guest ended itself in order, 128 + n for signal n, else 1.
+    /// The exit status of the process: 0 when the guest ended itself in order or the API was asked to end it, 128 + n for signal n, else 1.
     pub fn exit_status(&self) -> u8 {
         match self {
-            Self::PowerOff | Self::Reboot => 0,
+            Self::PowerOff | Self::Reboot | Self::Asked => 0,
             Self::Signal(number) => 128u8.saturating_add(u8::try_from(*number).unwrap_or(127)),
             Self::TripleFault { .. } | Self::Failed { .. } => 1,
         }
@@ -62,6 +68,7 @@ impl fmt::Display for Ending {
             Self::PowerOff => write!(f, "guest powered off"),
             Self::Reboot => write!(f, "guest rebooted: the VM ends here, start it again to boot"),
             Self::Signal(number) => write!(f, "ended by signal {number}"),
+            Self::Asked => write!(f, "shut down through the API"),
             Self::TripleFault { vcpu } => {
                 write!(f, "vCPU {vcpu} triple-faulted: the guest crashed; look at its console output")
             }
@@ -99,6 +106,28 @@ impl EndSignal {
     /// Readable once the VM ends.
     pub fn event(&self) -> &EventFd {
         &self.event
+    }
+}
+
+/// The ACPI power button: an eventfd that KVM turns into an edge on [`BUTTON_GSI`], where the guest's generic event device
+/// (`boot/acpi.rs`) tells the button driver.
+#[derive(Debug, Clone)]
+pub struct PowerButton(Arc<EventFd>);
+
+impl PowerButton {
+    /// A button wired to nothing yet.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?)))
+    }
+
+    /// The eventfd to be wired to [`BUTTON_GSI`].
+    pub fn interrupt(&self) -> &EventFd {
+        &self.0
+    }
+
+    /// Asks the guest to switch itself off. Whether it listens is its own business.
+    pub fn press(&self) -> io::Result<()> {
+        self.0.write(1)
     }
 }
 
@@ -140,6 +169,7 @@ mod tests {
     fn exit_status_tells_order_from_crash() {
         assert_eq!(Ending::PowerOff.exit_status(), 0);
         assert_eq!(Ending::Reboot.exit_status(), 0);
+        assert_eq!(Ending::Asked.exit_status(), 0);
         assert_eq!(Ending::Signal(15).exit_status(), 143);
         assert_eq!(Ending::TripleFault { vcpu: 1 }.exit_status(), 1);
     }

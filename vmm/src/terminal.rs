@@ -2,8 +2,20 @@
 
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
+use std::sync::OnceLock;
 
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
+
+/// The terminal's settings before the first guest had it.
+static BEFORE: OnceLock<libc::termios> = OnceLock::new();
+
+/// Gives the terminal back, for a process that ends on the spot. May be called from a signal handler.
+pub fn restore_at_exit() {
+    if let Some(before) = BEFORE.get() {
+        // SAFETY: the settings are a whole `termios` that lives as long as the process. The call is safe in a signal handler.
+        unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, before) };
+    }
+}
 
 /// Raw mode for as long as this lives.
 #[derive(Debug)]
@@ -19,6 +31,7 @@ impl RawMode {
             return Ok(None);
         }
         let before = tcgetattr(stdin.as_fd())?;
+        BEFORE.get_or_init(|| before.clone().into());
         let mut raw = before.clone();
         cfmakeraw(&mut raw);
         // The VMM's own messages go to the same terminal; without this their lines would run down like stairs.

@@ -3,7 +3,8 @@
 //! How a vCPU is stopped: [`Running::stop`] raises a flag and sends the thread a signal. If the signal finds the thread
 //! inside KVM_RUN, the call returns EINTR. If it comes just before, the signal handler has set `immediate_exit` in the
 //! thread's shared `kvm_run` page and KVM_RUN returns at once. If it comes before the thread knows that page, the flag
-//! is seen before the first KVM_RUN. A signal without the flag is somebody else's, and the vCPU goes on.
+//! is seen before the first KVM_RUN. A signal without the flag is somebody else's, and the vCPU goes on. A pause
+//! ([`crate::pause`]) takes the same way.
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
@@ -22,8 +23,10 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::chain::Chain;
 use crate::devices::Devices;
+use crate::pause::{Gate, Member};
 use crate::pin::{self, VcpuAffinity};
 use crate::power::{EndSignal, Ending};
+use crate::sandbox::{self, Role};
 use crate::suboption::{self, SubOptions};
 
 /// Most vCPUs a VM may have, the IVCPU included: local APIC ids are one byte and 255 means all of them.
@@ -86,7 +89,16 @@ extern "C" fn leave_guest(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {
 
 /// Installs the signal handler that takes vCPU threads out of the guest. Call once, before any vCPU starts.
 pub fn install_signal_handler() -> io::Result<()> {
-    register_signal_handler(SIGRTMIN(), leave_guest).map_err(io::Error::from)
+    register_signal_handler(SIGRTMIN(), leave_guest)?;
+    // A message to a backend that a pause comes upon goes on after the handler; KVM_RUN returns all the same.
+    // SAFETY: both calls get a whole `sigaction`, which the first one fills in; the second changes nothing but the flag.
+    let done = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        let read = libc::sigaction(SIGRTMIN(), std::ptr::null(), &mut action);
+        action.sa_flags |= libc::SA_RESTART;
+        read == 0 && libc::sigaction(SIGRTMIN(), &action, std::ptr::null_mut()) == 0
+    };
+    if done { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// A vCPU about to run.
@@ -109,8 +121,8 @@ pub struct Running {
 }
 
 impl Vcpu {
-    /// Starts the thread. What ends the VM is told to `end`.
-    pub fn start(self, devices: Arc<Devices>, end: Arc<EndSignal>) -> io::Result<Running> {
+    /// Starts the thread. What ends the VM is told to `end`; `gate` keeps the vCPU while the VM is paused.
+    pub fn start(self, devices: Arc<Devices>, end: Arc<EndSignal>, gate: Arc<Gate>) -> io::Result<Running> {
         let stop = Arc::new(AtomicBool::new(false));
         let seen = Arc::clone(&stop);
         let thread = thread::Builder::new().name(self.name.clone()).spawn(move || {
@@ -120,7 +132,10 @@ impl Vcpu {
             {
                 return end.give(Ending::Failed { vcpu: number, reason: Chain(&error).to_string() });
             }
-            let run = AssertUnwindSafe(|| run(&mut fd, number, &devices, &seen));
+            if let Err(error) = sandbox::enter(Role::Vcpu) {
+                return end.give(Ending::Failed { vcpu: number, reason: Chain(&error).to_string() });
+            }
+            let run = AssertUnwindSafe(|| run(&mut fd, number, &devices, &seen, &gate.join()));
             // A vCPU that is gone must end the VM, or the others would wait for it for ever.
             let ending = panic::catch_unwind(run).unwrap_or_else(|_| {
                 Some(Ending::Failed { vcpu: number, reason: "its thread panicked; this is a bug".to_owned() })
@@ -154,16 +169,34 @@ impl Running {
 }
 
 /// Runs the vCPU until the VM ends or `stop` is set; returns why the VM ends, if this vCPU is the reason.
-fn run(fd: &mut VcpuFd, number: u8, devices: &Devices, stop: &AtomicBool) -> Option<Ending> {
+fn run(
+    fd: &mut VcpuFd,
+    number: u8,
+    devices: &Devices,
+    stop: &AtomicBool,
+    gate: &Member<'_>,
+) -> Option<Ending> {
     SHARED_PAGE.set(fd.get_kvm_run());
-    let ending = run_loop(fd, number, devices, stop);
+    let ending = run_loop(fd, number, devices, stop, gate);
     SHARED_PAGE.set(std::ptr::null_mut());
     ending
 }
 
-fn run_loop(fd: &mut VcpuFd, number: u8, devices: &Devices, stop: &AtomicBool) -> Option<Ending> {
+fn run_loop(
+    fd: &mut VcpuFd,
+    number: u8,
+    devices: &Devices,
+    stop: &AtomicBool,
+    gate: &Member<'_>,
+) -> Option<Ending> {
     let failed = |reason: String| Some(Ending::Failed { vcpu: number, reason });
     while !stop.load(Ordering::SeqCst) {
+        if gate.pass() {
+            // The guest's watchdogs must not take the pause for a hang. One without KVM's clock has none to tell.
+            let _ = fd.kvmclock_ctrl();
+            // The VM may have ended meanwhile.
+            continue;
+        }
         match fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => devices.port_in(port, data),
             Ok(VcpuExit::IoOut(port, data)) => {

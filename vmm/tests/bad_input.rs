@@ -73,6 +73,9 @@ fn options_that_are_not_understood() {
         (&["vfio", "bind", "01:10"], "`01:10` is not the address of a PCI function"),
         (&["vfio", "bind", "01:10.0", "--mac", "1"], "such as 52:54:00:12:34:56"),
         (&["doctor", "--fast"], "--fast"),
+        (&["--kernel", "x", "--seccomp", "maybe"], "expected true, false or log"),
+        (&["--kernel", "x", "--landlock", "log"], "'log' for '--landlock"),
+        (&["--kernel", "x", "--api-socket", ""], "--api-socket"),
         (&["--kernel", "x", "stray"], "stray"),
     ] {
         assert_says(&refused(words), expected);

@@ -3,7 +3,7 @@
 //! They need /dev/kvm and say so where there is none. A software KVM is enough.
 
 use std::fs::OpenOptions;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -163,7 +163,7 @@ fn a_guest_prints_and_switches_off() {
     }
     let output = boot(&[code::print(b"hello\nworld"), code::power_off()].concat(), &["--cpus", "boot=2"]);
     assert_eq!(String::from_utf8_lossy(&output.stdout), "hello\nworld", "{}", stderr(&output));
-    assert_eq!(stderr(&output), "ivcpu-vmm: guest powered off\n");
+    assert!(stderr(&output).ends_with("ivcpu-vmm: guest powered off\n"), "{}", stderr(&output));
     assert_eq!(output.status.code(), Some(0));
 }
 
@@ -217,7 +217,7 @@ fn a_reset_ends_the_process_in_order() {
     }
     for (port, value) in [(0xcf9, 6), (0x64, 0xfe)] {
         let output = boot(&code::out(port, value), &[]);
-        assert!(stderr(&output).starts_with("ivcpu-vmm: guest rebooted"), "{}", stderr(&output));
+        assert!(stderr(&output).contains("ivcpu-vmm: guest rebooted"), "{}", stderr(&output));
         assert_eq!(output.status.code(), Some(0));
     }
 }
@@ -271,17 +271,30 @@ fn a_stray_signal_does_not_keep_a_vcpu_out_of_the_guest() {
     assert_eq!(heard, "still here\n");
 }
 
+/// Reads what the VMM says until it has said `words`.
+fn heard(child: &mut Child, words: &str) {
+    let mut lines = BufReader::new(child.stderr.as_mut().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().contains(words)), "it never said: {words}");
+}
+
 #[test]
 fn a_signal_wakes_a_sleeping_guest_and_ends_it() {
     if !has_kvm("a_signal_wakes_a_sleeping_guest_and_ends_it") {
         return;
     }
-    for (signal, status) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
+    // The first SIGTERM presses the power button, to which this guest is deaf.
+    for (signals, status) in [(&[Signal::SIGTERM, Signal::SIGTERM][..], 143), (&[Signal::SIGINT], 130)] {
         let kernel = image(&[code::print(b"asleep\n"), code::SLEEP.to_vec()].concat());
         let mut child = vmm().arg("--kernel").arg(kernel.path()).args(["--cpus", "boot=3"]).spawn().unwrap();
         let mut line = [0; 7];
         child.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
-        kill(Pid::from_raw(child.id() as i32), signal).unwrap();
+        for (index, &signal) in signals.iter().enumerate() {
+            if index > 0 {
+                heard(&mut child, "the guest's power button is pressed");
+                assert_eq!(child.try_wait().unwrap(), None);
+            }
+            kill(Pid::from_raw(child.id() as i32), signal).unwrap();
+        }
         assert_eq!(wait_within(&mut child, Duration::from_secs(5)), status);
     }
 }
@@ -336,7 +349,7 @@ fn an_ivcpu_is_one_vcpu_more() {
         std::thread::sleep(Duration::from_millis(10));
         names = thread_names(child.id());
     }
-    kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).unwrap();
     wait_within(&mut child, Duration::from_secs(5));
     for name in ["vcpu0", "ivcpu"] {
         assert!(names.iter().any(|there| there == name), "{name} among {names:?}");
@@ -400,7 +413,7 @@ fn the_terminal_is_put_back() {
     child.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
     let raw = tcgetattr(&pty.slave).unwrap();
     assert!(!raw.local_flags.intersects(LocalFlags::ICANON | LocalFlags::ECHO | LocalFlags::ISIG));
-    kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).unwrap();
     wait_within(&mut child, Duration::from_secs(5));
     assert_eq!(tcgetattr(&pty.slave).unwrap(), cooked);
 }

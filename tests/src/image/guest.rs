@@ -17,8 +17,8 @@ pub const SERVICE: &str = "/usr/sbin/ivcpu-irq";
 /// Where the shipped guest module lies in the guest.
 pub const MODULE: &str = "/modules/ivcpu.ko";
 
-/// Loaded at start. virtio_pmem is one of the FIFO region's two carriers.
-const MODULES: [&str; 4] = ["virtio_pci", "virtio_net", "virtio_console", "virtio_pmem"];
+/// Loaded at start. virtio_pmem is one of the FIFO region's two carriers; a press of the power button comes through the last two.
+const MODULES: [&str; 6] = ["virtio_pci", "virtio_net", "virtio_console", "virtio_pmem", "button", "evdev"];
 
 /// There to be loaded by a test that wants it: their paths, in order, are in `/on-request`.
 const ON_REQUEST: [&str; 2] = ["virtio_blk", "virtio_rng"];

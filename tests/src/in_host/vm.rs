@@ -272,6 +272,12 @@ impl Vm {
         self.process.wait_for(ANSWER).context("the VMM did not end after the guest's power-off")
     }
 
+    /// Sends the VMM a signal that ends it, and gives its exit status.
+    pub fn end_by(mut self, signal: Signal) -> anyhow::Result<ExitStatus> {
+        self.process.signal(signal);
+        self.process.wait_for(ANSWER).context("the VMM did not end after the signal")
+    }
+
     /// Kills the VMM as a crash would.
     pub fn kill(mut self) -> anyhow::Result<()> {
         self.process.signal(Signal::SIGKILL);

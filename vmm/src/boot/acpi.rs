@@ -1,13 +1,14 @@
 //! ACPI tables: how the guest finds its CPUs, the PCI bus and the serial port, and how it switches itself off.
 //!
 //! The hardware-reduced profile: no SCI, no PM timer, no 8259 and PIT to look for. Power-off is the sleep control
-//! register, reboot the reset register; both are ports that [`crate::power`] serves. PCI functions have no
-//! interrupt pins, so there is no `_PRT`.
+//! register, reboot the reset register; both are ports that [`crate::power`] serves. The power button is a device of its own
+//! (PNP0C0C), and a generic event device (ACPI 6.5, section 5.6.9) turns its interrupt into a notification of that. PCI
+//! functions have no interrupt pins, so there is no `_PRT`.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package,
-    ResourceTemplate, Scope,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name,
+    Notify, Package, Path, ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
@@ -29,6 +30,8 @@ const LOCAL_APIC: u32 = 0xfee0_0000;
 const IO_APIC: u32 = 0xfec0_0000;
 /// Bits of `IAPC_BOOT_ARCH`: no VGA to probe, no CMOS clock.
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
+/// The value of a notification that says a button was pressed (ACPI 6.5, table 5.161).
+const BUTTON_PRESSED: u8 = 0x80;
 const BOOT_ARCH_NO_CMOS_CLOCK: u16 = 1 << 5;
 
 /// What can go wrong while the tables are placed.
@@ -129,6 +132,7 @@ fn dsdt(platform: Platform) -> Sdt {
     system_bus.extend(pci_host_bridge(platform.pci_window_64));
     system_bus.extend(ecam_reservation());
     system_bus.extend(serial_port());
+    system_bus.extend(power_button());
     body.extend(Scope::raw("_SB_".into(), system_bus));
     // The one sleep state: off. The value is what the guest writes to the sleep control register.
     Name::new("_S5_".into(), &Package::new(vec![&power::SLEEP_TYPE_OFF])).to_aml_bytes(&mut body);
@@ -219,6 +223,26 @@ fn serial_port() -> Vec<u8> {
     ))
 }
 
+/// The button, and the device that notifies it when the line rises.
+fn power_button() -> Vec<u8> {
+    let mut devices =
+        bytes(&Device::new("PWRB".into(), vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C"))]));
+    devices.extend(bytes(&Device::new(
+        "GED_".into(),
+        vec![
+            &Name::new("_HID".into(), &"ACPI0013"),
+            &Name::new("_UID".into(), &0u8),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&Interrupt::new(true, true, false, false, power::BUTTON_GSI)]),
+            ),
+            // Its argument is the number of the line, of which there is one.
+            &Method::new("_EVT".into(), 1, true, vec![&Notify::new(&Path::new("PWRB"), &BUTTON_PRESSED)]),
+        ],
+    )));
+    devices
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -284,5 +308,15 @@ mod tests {
         let ids: Vec<_> = madt[44..].chunks(8).take(3).map(|e| (e[0], e[2], e[3])).collect();
         assert_eq!(ids, [(0, 0, 0), (0, 1, 1), (0, 2, 2)]);
         assert_eq!(madt[44 + 24], 1, "then the I/O APIC");
+    }
+
+    #[test]
+    fn the_power_button_is_notified_by_its_line() {
+        let image = image(1);
+        let has = |bytes: &[u8]| image.windows(bytes.len()).any(|window| window == bytes);
+        assert!(has(b"ACPI0013"));
+        assert!(has(b"_EVT\x09\x86PWRB\x0a\x80"), "one argument, serialized: Notify (PWRB, 0x80)");
+        // An extended interrupt descriptor: consumer, edge, active high, exclusive, one line.
+        assert!(has(&[0x89, 6, 0, 0x03, 1, power::BUTTON_GSI as u8, 0, 0, 0]));
     }
 }

@@ -22,10 +22,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 pub use hist::HistError;
+pub use process::KVM_DEBUGFS;
 pub use reasons::{Events, Row, Rows, rows};
 pub use report::{PcpuExits, Report, VcpuReport};
 pub use snapshot::Snapshot;
-pub use stats::Counters;
+pub use stats::{Counters, VcpuStats};
+pub use trace::TRACEFS;
 
 use hist::Hist;
 use process::{Process, Roots};

@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 
 use super::Error;
 
+/// Where the kernel shows KVM's debugging files.
+pub const KVM_DEBUGFS: &str = "/sys/kernel/debug/kvm";
+
 /// Where the kernel shows processes and KVM's debugging files; elsewhere in tests.
 #[derive(Clone, Debug)]
 pub(super) struct Roots {
@@ -16,7 +19,7 @@ pub(super) struct Roots {
 
 impl Default for Roots {
     fn default() -> Self {
-        Roots { proc: "/proc".into(), kvm_debugfs: "/sys/kernel/debug/kvm".into() }
+        Roots { proc: "/proc".into(), kvm_debugfs: KVM_DEBUGFS.into() }
     }
 }
 

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
@@ -52,7 +52,10 @@ impl KvmStats {
                 let fd = match process.fds.vcpu_stats.get(&vcpu) {
                     Some(&stats_fd) => pidfd_getfd(pidfd, stats_fd, PidfdGetfdFlags::empty()).ok()?,
                     // KVM answers only the process that made the VM.
-                    None if own => stats_of(pidfd_getfd(pidfd, vcpu_fd, PidfdGetfdFlags::empty()).ok()?)?,
+                    None if own => {
+                        let vcpu = pidfd_getfd(pidfd, vcpu_fd, PidfdGetfdFlags::empty()).ok()?;
+                        stats_of(vcpu.as_raw_fd()).ok()?
+                    }
                     None => return None,
                 };
                 Some((vcpu, BinaryStats::new(File::from(fd)).ok()?))
@@ -90,11 +93,26 @@ impl KvmStats {
 }
 
 /// The statistics of a vCPU of this very process.
-fn stats_of(vcpu: OwnedFd) -> Option<OwnedFd> {
-    // SAFETY: the request takes no argument and touches no memory of ours; `vcpu` keeps the descriptor open meanwhile.
-    let fd = unsafe { kvm_get_stats_fd(vcpu.as_fd().as_raw_fd()) }.ok()?;
+fn stats_of(vcpu: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: the request takes no argument and touches no memory of ours, whatever the descriptor is.
+    let fd = unsafe { kvm_get_stats_fd(vcpu) }?;
     // SAFETY: on success the kernel returned a descriptor made for this call, which nobody else knows.
-    Some(unsafe { OwnedFd::from_raw_fd(fd) })
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// KVM's counters of one vCPU of this process, which can be read as long as this lives.
+pub struct VcpuStats(BinaryStats);
+
+impl VcpuStats {
+    /// Opens them.
+    pub fn open(vcpu: &kvm_ioctls::VcpuFd) -> io::Result<Self> {
+        Ok(Self(BinaryStats::new(File::from(stats_of(vcpu.as_raw_fd())?))?))
+    }
+
+    /// The counters that say something about exits, by KVM's names.
+    pub fn counters(&self) -> Counters {
+        self.0.counters()
+    }
 }
 
 /// A binary statistics file with the places of the counters in it.

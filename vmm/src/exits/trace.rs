@@ -21,7 +21,7 @@ use super::reasons::MSR_FILTER;
 
 const PREFIX: &str = "ivcpu-";
 /// Where tracefs is mounted; the second is the place before Linux 4.1, still made by debugfs.
-const MOUNT_POINTS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
+pub const TRACEFS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
 
 /// A tracepoint with the keys it is counted by.
 pub(super) struct Counted {
@@ -200,7 +200,7 @@ impl Drop for Instance {
 
 fn mounted() -> Result<PathBuf, Error> {
     let mut refused = None;
-    for mount in MOUNT_POINTS.map(Path::new) {
+    for mount in TRACEFS.map(Path::new) {
         match fs::read_dir(mount.join("instances")) {
             Ok(_) => return Ok(mount.to_owned()),
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {

@@ -8,6 +8,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
+use crate::sandbox::{self, Role};
+
 #[derive(Debug, Default)]
 struct State {
     /// When time is up, and how much there was.
@@ -38,7 +40,10 @@ impl Deadline {
     pub fn new(stream: UnixStream) -> io::Result<Self> {
         let shared = Arc::<Shared>::default();
         let seen = Arc::clone(&shared);
-        thread::Builder::new().name("vhost-deadline".into()).spawn(move || watch(&seen, &stream))?;
+        thread::Builder::new().name("vhost-deadline".into()).spawn(move || {
+            sandbox::enter_or_exit(Role::Deadline);
+            watch(&seen, &stream);
+        })?;
         Ok(Self { shared })
     }
 

@@ -6,6 +6,7 @@ use std::{io, thread};
 
 use super::session::Error;
 use crate::chain::Chain;
+use crate::sandbox::{self, Role};
 
 /// How often a lost backend is tried.
 pub const RETRY: Duration = Duration::from_millis(100);
@@ -14,7 +15,12 @@ const RETRY_AT_MOST: Duration = Duration::from_secs(5);
 
 /// Starts the thread. It calls `attempt` until that succeeds, or answers `None`: nobody wants a backend any more.
 pub fn start(attempt: impl Fn() -> Option<Result<(), Error>> + Send + 'static) -> io::Result<()> {
-    thread::Builder::new().name("vhost-reconnect".into()).spawn(move || try_until_there(&attempt)).map(drop)
+    let thread = thread::Builder::new().name("vhost-reconnect".into());
+    thread.spawn(move || {
+        sandbox::enter_or_exit(Role::Reconnect);
+        try_until_there(&attempt);
+    })?;
+    Ok(())
 }
 
 fn try_until_there(attempt: &dyn Fn() -> Option<Result<(), Error>>) {

@@ -25,6 +25,7 @@ use virtio_bindings::virtio_blk::{
 use vm_memory::Bytes;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::sandbox::{self, Role};
 use super::image::Image;
 use super::request::{Buffers, Limits, Operation, Request};
 use crate::memory::GuestMemory;
@@ -144,6 +145,7 @@ impl Worker {
     pub fn start(self, name: String) -> io::Result<JoinHandle<()>> {
         thread::Builder::new().name(name).spawn(move || {
             self.keep_to_own_pcpus();
+            sandbox::enter_or_exit(Role::Device);
             Service::new(self).run();
         })
     }
