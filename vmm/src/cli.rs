@@ -14,7 +14,10 @@ use crate::serial::SerialMode;
 use crate::vcpu::CpusOptions;
 use crate::vfio;
 use crate::vfio::options::DeviceOptions;
+use crate::virtio::block::options::DiskOptions;
+use crate::virtio::console::ConsoleMode;
 use crate::virtio::net_options::NetOptions;
+use crate::virtio::rng::RngOptions;
 
 /// A KVM virtual machine monitor whose guests take every device interrupt on one vCPU of their own, the IVCPU
 #[derive(Debug, Parser)]
@@ -44,7 +47,7 @@ pub enum Command {
 /// Run a VM.
 #[derive(Debug, Args)]
 pub struct RunOptions {
-    /// Linux kernel to boot, a bzImage such as /boot/vmlinuz-*
+    /// Linux kernel to boot: a bzImage such as /boot/vmlinuz-*, or an ELF vmlinux with a PVH entry point
     #[arg(long, value_name = "PATH")]
     pub kernel: PathBuf,
 
@@ -56,7 +59,8 @@ pub struct RunOptions {
     #[arg(long, value_name = "TEXT", default_value = "console=ttyS0 panic=-1", allow_hyphen_values = true)]
     pub cmdline: String,
 
-    /// RAM: `size=SIZE[,shared=on][,hugepages=on|off]`
+    /// RAM: `size=SIZE[,shared=on][,hugepages=on|off][,hugepage_size=2M|1G][,prefault=on|off]`. prefault=on has the host provide all of
+    /// it before the guest starts
     #[arg(long, value_name = "OPTIONS", default_value = "size=512M")]
     pub memory: MemoryOptions,
 
@@ -68,6 +72,11 @@ pub struct RunOptions {
     #[arg(long, value_name = "OPTIONS")]
     pub net: Vec<NetOptions>,
 
+    /// Disk, once for each: `path=PATH[,readonly=on][,direct=on][,num_queues=N][,queue_size=256][,serial=TEXT]`. PATH is a raw
+    /// image or a block device; a disk has as many queues as the VM has vCPUs unless it says otherwise
+    #[arg(long, value_name = "OPTIONS")]
+    pub disk: Vec<DiskOptions>,
+
     /// PCI function of the host to pass through, once for each: `path=/sys/bus/pci/devices/0000:01:10.0` or just its address.
     /// It must be bound to vfio-pci; `ivcpu-vmm vfio bind` does that. With --ivcpu its host interrupts go to the IVCPU's pCPU
     #[arg(long, value_name = "OPTIONS")]
@@ -76,6 +85,14 @@ pub struct RunOptions {
     /// Serial console: tty, null, off or file=PATH
     #[arg(long, value_name = "MODE", default_value = "tty")]
     pub serial: SerialMode,
+
+    /// Second console, hvc0 in Linux: off, tty (then with --serial null or off) or file=PATH
+    #[arg(long, value_name = "MODE", default_value = "off")]
+    pub console: ConsoleMode,
+
+    /// Entropy device: `src=PATH`, a character device of the host, or off
+    #[arg(long, value_name = "OPTIONS", default_value = "src=/dev/urandom")]
+    pub rng: RngOptions,
 
     /// One more vCPU, the last, that takes every device interrupt:
     /// `affinity=[3][,fifo=PATH[,fifo_size=2M]][,host_irqs=[eth0,0000:01:10.0,24]]`.
@@ -101,8 +118,11 @@ impl From<RunOptions> for MachineOptions {
             cpus: options.cpus,
             ivcpu: options.ivcpu,
             net: options.net,
+            disks: options.disk,
             devices: options.device,
             serial: options.serial,
+            console: options.console,
+            rng: options.rng,
             exits: options.exits,
         }
     }

@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::affinity::refresh::Refresh;
 use crate::affinity::{self, HostIrqs, IrqSource};
-use crate::boot::{acpi, cpuid, kernel, mtrr, registers, reset_vector};
+use crate::boot::{Entry, acpi, cpuid, kernel, mtrr, registers, reset_vector};
 use crate::chain::Chain;
 use crate::devices::Devices;
 use crate::exits::{self, lifetime::Lifetime};
@@ -36,7 +36,14 @@ use crate::vfio::attach::{self, attach};
 use crate::vfio::function::Windows;
 use crate::vfio::options::DeviceOptions;
 use crate::vfio::sysfs::Sysfs;
+use crate::virtio;
+use crate::virtio::block::image::Image;
+use crate::virtio::block::options::DiskOptions;
+use crate::virtio::block::worker::Worker;
+use crate::virtio::block::{self, Block};
+use crate::virtio::console::{Console, ConsoleMode};
 use crate::virtio::net_options::NetOptions;
+use crate::virtio::rng::{self, Rng, RngOptions};
 use crate::virtio::session;
 use crate::virtio::transport::{self, KickRouter, Transport, Wiring};
 use crate::virtio::vhost_user_net::VhostUserNet;
@@ -58,10 +65,16 @@ pub struct MachineOptions {
     pub ivcpu: Option<IvcpuOptions>,
     /// Network devices.
     pub net: Vec<NetOptions>,
+    /// Disks.
+    pub disks: Vec<DiskOptions>,
     /// The host's PCI functions that are passed through.
     pub devices: Vec<DeviceOptions>,
     /// The serial port.
     pub serial: SerialMode,
+    /// The second console.
+    pub console: ConsoleMode,
+    /// The entropy device.
+    pub rng: RngOptions,
     /// Whether and how the VM's exits are counted and printed when it ends.
     pub exits: Option<exits::lifetime::Format>,
 }
@@ -105,6 +118,15 @@ pub enum Error {
     /// A virtio device.
     #[error(transparent)]
     Transport(#[from] transport::Error),
+    /// A disk.
+    #[error(transparent)]
+    Block(#[from] block::Error),
+    /// The entropy device.
+    #[error(transparent)]
+    Rng(#[from] rng::Error),
+    /// One terminal for two.
+    #[error("--serial tty and --console tty both want the terminal; say --serial null, or off, as well")]
+    TwoTerminals,
     /// Too many devices.
     #[error(transparent)]
     Bus(#[from] bus::Full),
@@ -142,15 +164,24 @@ pub enum Error {
     Events(event_manager::Error),
 }
 
+/// Who has the terminal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Interactive {
+    Serial,
+    Console,
+}
+
 /// A VM ready to run.
 pub struct Machine {
     // Dropped in this order: vCPUs before the VM, the VM before its memory.
     vcpus: Vec<Vcpu>,
     devices: Arc<Devices>,
     net: Vec<VhostUserNet>,
+    disks: Vec<Worker>,
+    console: Option<Console>,
     signals: SignalFd,
     end: Arc<EndSignal>,
-    interactive: bool,
+    interactive: Option<Interactive>,
     exits: Option<exits::lifetime::Format>,
     /// The host's interrupts that were moved; restored when this is dropped.
     host_irqs: Option<HostIrqs>,
@@ -175,6 +206,18 @@ impl Machine {
         // Before any backend is connected to: it looks for the region when its session starts.
         let fifo_options = options.ivcpu.as_ref().and_then(|ivcpu| ivcpu.fifo.as_ref());
         let fifo = fifo_options.map(Fifo::open).transpose()?;
+        let interactive = match (&options.serial, &options.console) {
+            (SerialMode::Tty, ConsoleMode::Tty) => return Err(Error::TwoTerminals),
+            (SerialMode::Tty, _) => Some(Interactive::Serial),
+            (_, ConsoleMode::Tty) => Some(Interactive::Console),
+            _ => None,
+        };
+        let images = options
+            .disks
+            .iter()
+            .map(Image::open)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(block::Error::from)?;
         let boot_files = options.kernel.open().map_err(kernel::Error::from)?;
         pin::keep_off(&placement.taken())?;
         let kvm = kvm::open()?;
@@ -213,6 +256,15 @@ impl Machine {
         let interrupts_changed =
             EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(system("make an eventfd"))?;
         let net = add_net(&mut pci, &wiring, &options.net, &mut window)?;
+        let disks =
+            add_disks(&mut pci, &wiring, options.disks.iter().zip(images), placement.vcpus(), &mut window)?;
+        let console = Console::new(&options.console, memory.clone())?;
+        if let Some(console) = &console {
+            add_virtio(&mut pci, &wiring, console.clone(), &mut window)?;
+        }
+        if let Some(source) = &options.rng.source {
+            add_virtio(&mut pci, &wiring, Rng::new(source.clone(), memory.clone())?, &mut window)?;
+        }
         if let Some(fifo) = &fifo {
             let slot = KvmSlot::new(Arc::clone(&vm), slots.take(), fifo.mapping());
             add_fifo(&mut pci, fifo, slot, &mut window)?;
@@ -237,9 +289,11 @@ impl Machine {
             vcpus,
             devices,
             net,
+            disks,
+            console,
             signals,
             end: Arc::new(EndSignal::new().map_err(system("make an eventfd"))?),
-            interactive: options.serial == SerialMode::Tty,
+            interactive,
             exits: options.exits,
             host_irqs: move_host_irqs(options)?,
             interrupts_changed,
@@ -255,21 +309,20 @@ impl Machine {
         let mut events = EventManager::new().map_err(Error::Events)?;
         events.add_subscriber(Box::new(EndWatch { end: Arc::clone(&self.end), signals: self.signals })
             as Box<dyn MutEventSubscriber>);
-        let raw_mode = if self.interactive {
+        let raw_mode = if self.interactive.is_some() {
             RawMode::enter().map_err(system("put the terminal into raw mode"))?
         } else {
             None
         };
         if let Some(port) = &self.devices.serial {
             events.add_subscriber(Box::new(serial::Flush(Arc::clone(port))));
-            if self.interactive {
+            if self.interactive == Some(Interactive::Serial) {
                 let port = Arc::clone(port);
-                let feed = move || port.feed(io::stdin());
-                thread::Builder::new()
-                    .name("stdin".into())
-                    .spawn(feed)
-                    .map_err(system("start the input thread"))?;
+                read_input(move || port.feed(io::stdin()))?;
             }
+        }
+        if let (Some(Interactive::Console), Some(console)) = (self.interactive, self.console.take()) {
+            read_input(move || console.feed(io::stdin()))?;
         }
 
         if let Some(irqs) = self.host_irqs.take() {
@@ -279,6 +332,11 @@ impl Machine {
         }
         for net in self.net.drain(..) {
             events.add_subscriber(Box::new(net));
+        }
+
+        for (number, disk) in self.disks.drain(..).enumerate() {
+            // It ends with its device, and there is nothing to wait for: what the guest flushed is on the disk.
+            disk.start(format!("disk{number}")).map_err(system("start the thread of a disk"))?;
         }
 
         let counting = self.exits.map(Lifetime::start).transpose()?;
@@ -319,6 +377,12 @@ impl Machine {
     }
 }
 
+/// Starts the thread that reads standard input for as long as there is some.
+fn read_input(feed: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+    let started = thread::Builder::new().name("stdin".into()).spawn(feed);
+    started.map(drop).map_err(system("start the input thread"))
+}
+
 /// Takes all vCPUs out of the guest; says whether all of them went.
 fn stop(running: Vec<Running>) -> bool {
     for vcpu in &running {
@@ -331,6 +395,18 @@ fn stop(running: Vec<Running>) -> bool {
     left_behind == 0
 }
 
+/// Puts a virtio device on the bus.
+fn add_virtio<D: virtio::Device + 'static>(
+    bus: &mut Bus,
+    wiring: &Wiring,
+    device: D,
+    window: &mut Window,
+) -> Result<(), Error> {
+    let bar = window.place(transport::BAR_SIZE)?;
+    bus.add(Arc::new(Mutex::new(Transport::new(device, wiring.clone(), bar)?)))?;
+    Ok(())
+}
+
 /// Puts the network devices on the bus.
 fn add_net(
     bus: &mut Bus,
@@ -340,12 +416,28 @@ fn add_net(
 ) -> Result<Vec<VhostUserNet>, Error> {
     let mut devices = Vec::new();
     for options in options {
-        let bar = window.place(transport::BAR_SIZE)?;
         let net = VhostUserNet::new(options.clone(), wiring.memory.clone())?;
-        bus.add(Arc::new(Mutex::new(Transport::new(net.clone(), wiring.clone(), bar)?)))?;
+        add_virtio(bus, wiring, net.clone(), window)?;
         devices.push(net);
     }
     Ok(devices)
+}
+
+/// Puts the disks on the bus; their threads are still to be started.
+fn add_disks<'a>(
+    bus: &mut Bus,
+    wiring: &Wiring,
+    disks: impl Iterator<Item = (&'a DiskOptions, Image)>,
+    vcpus: u8,
+    window: &mut Window,
+) -> Result<Vec<Worker>, Error> {
+    let mut workers = Vec::new();
+    for (number, (options, image)) in disks.enumerate() {
+        let (block, worker) = Block::new(options, image, number, vcpus, wiring.memory.clone())?;
+        add_virtio(bus, wiring, block, window)?;
+        workers.push(worker);
+    }
+    Ok(workers)
 }
 
 /// Puts the FIFO region on the bus.
@@ -370,7 +462,7 @@ fn create_vcpu(
     memory: &GuestMemory,
     template: &cpuid::Template,
     thread: VcpuThread,
-    entry: u64,
+    entry: Entry,
 ) -> Result<Vcpu, Error> {
     let VcpuThread { number, name, affinity } = thread;
     let fd = vm.create_vcpu(u64::from(number)).map_err(kvm::refused("a new vCPU"))?;

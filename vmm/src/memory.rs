@@ -43,29 +43,33 @@ pub const KVM_TSS: u64 = 0xfffb_d000;
 
 /// Least RAM a VM may have; Linux does not unpack in less.
 const MIN_SIZE: u64 = 32 << 20;
-/// Bytes of a huge page.
+/// Bytes of a huge page unless something else is said.
 const HUGE_PAGE: u64 = 2 << 20;
+/// The other size x86-64 has.
+const GIGANTIC_PAGE: u64 = 1 << 30;
 /// Alignment and size of the 64-bit PCI window.
 const PCI_WINDOW_64_ALIGN: u64 = 1 << 32;
 const PCI_WINDOW_64_SIZE: u64 = 32 << 30;
 
-const FREE_HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages";
 
 /// Guest memory as every part of the VMM holds it.
 pub type GuestMemory = GuestMemoryMmap<()>;
 
-/// `--memory size=SIZE[,shared=on][,hugepages=on|off]`
+/// `--memory size=SIZE[,shared=on][,hugepages=on|off][,hugepage_size=2M|1G][,prefault=on|off]`
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryOptions {
     /// RAM in bytes.
     pub size: u64,
-    /// Whether RAM is made of the huge pages the host has set aside.
-    pub hugepages: bool,
+    /// Bytes of the huge pages, set aside by the host, that RAM is made of; ordinary pages if none.
+    pub hugepages: Option<u64>,
+    /// Whether all of it is there before the guest starts.
+    pub prefault: bool,
 }
 
 impl Default for MemoryOptions {
     fn default() -> Self {
-        Self { size: 512 << 20, hugepages: false }
+        Self { size: 512 << 20, hugepages: None, prefault: false }
     }
 }
 
@@ -89,17 +93,24 @@ impl FromStr for MemoryOptions {
             _ => Err("guest memory is always shared here; leave the word out or say on".to_owned()),
         })?;
         let hugepages = options.take_switch("hugepages")?.unwrap_or(false);
+        let page = options.take_with("hugepage_size", |value| match value.parse()? {
+            _ if !hugepages => Err("that goes with hugepages=on only".to_owned()),
+            ByteSize(size @ (HUGE_PAGE | GIGANTIC_PAGE)) => Ok(size),
+            _ => Err("expected 2M or 1G".to_owned()),
+        })?;
+        let prefault = options.take_switch("prefault")?.unwrap_or(false);
         options.finish()?;
         let size = size.unwrap_or(Self::default().size);
-        if hugepages && !size.is_multiple_of(HUGE_PAGE) {
+        let page = page.unwrap_or(HUGE_PAGE);
+        if hugepages && !size.is_multiple_of(page) {
             let (key, value) = ("size".to_owned(), format!("{}M", size >> 20));
             return Err(suboption::Error::Value {
                 key,
                 value,
-                reason: "expected a multiple of 2M with hugepages=on".to_owned(),
+                reason: format!("expected a multiple of {}M, a huge page", page >> 20),
             });
         }
-        Ok(Self { size, hugepages })
+        Ok(Self { size, hugepages: hugepages.then_some(page), prefault })
     }
 }
 
@@ -117,17 +128,35 @@ pub enum Error {
         source: io::Error,
     },
     /// The host does not say how many huge pages it has.
-    #[error("cannot read how many huge pages are free ({FREE_HUGE_PAGES}); leave out hugepages=on")]
-    HugePages(#[source] io::Error),
+    #[error("cannot read how many huge pages are free ({path}); has the host pages of this size?")]
+    HugePages {
+        /// Where it says so.
+        path: String,
+        /// The error.
+        source: io::Error,
+    },
     /// The host has set too few huge pages aside.
     #[error(
-        "the VM needs {needed} huge pages and {free} are free; set more aside in /proc/sys/vm/nr_hugepages or leave out hugepages=on"
+        "the VM needs {needed} huge pages of {mebibytes}M and {free} are free; set more aside (as root: {}) or leave out hugepages=on",
+        set_aside(*.mebibytes, *.total)
     )]
     TooFewHugePages {
         /// Huge pages needed.
         needed: u64,
         /// Huge pages free.
         free: u64,
+        /// MiB of each.
+        mebibytes: u64,
+        /// Huge pages the host would have if there were enough.
+        total: u64,
+    },
+    /// Not all of it is to be had.
+    #[error("the host cannot provide all {size} MiB of guest memory now; give the VM less with --memory size= or leave out prefault=on")]
+    Prefault {
+        /// Size asked for, MiB.
+        size: u64,
+        /// The error.
+        source: io::Error,
     },
     /// It could not be mapped into this process.
     #[error("cannot map {size} MiB of guest memory; give the VM less with --memory size=")]
@@ -156,9 +185,10 @@ pub fn allocate(options: &MemoryOptions) -> Result<GuestMemory, Error> {
     let mebibytes = size >> 20;
     let memfd = |step, source| Error::Memfd { size: mebibytes, step, source };
     let mut flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-    if options.hugepages {
-        check_huge_pages(size)?;
-        flags |= MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
+    if let Some(page) = options.hugepages {
+        check_huge_pages(size, page)?;
+        let size = if page == GIGANTIC_PAGE { MFdFlags::MFD_HUGE_1GB } else { MFdFlags::MFD_HUGE_2MB };
+        flags |= MFdFlags::MFD_HUGETLB | size;
     }
     let file = File::from(memfd_create("ivcpu-guest", flags).map_err(|e| memfd("memfd_create", e.into()))?);
     file.set_len(size).map_err(|e| memfd("ftruncate", e))?;
@@ -170,18 +200,48 @@ pub fn allocate(options: &MemoryOptions) -> Result<GuestMemory, Error> {
     });
     let memory = GuestMemory::from_ranges_with_files(regions)
         .map_err(|source| Error::Map { size: mebibytes, source })?;
-    if !options.hugepages {
+    if options.hugepages.is_none() {
         memory.iter().for_each(ask_for_huge_pages);
+    }
+    if options.prefault {
+        memory.iter().try_for_each(populate).map_err(|source| Error::Prefault { size: mebibytes, source })?;
     }
     Ok(memory)
 }
 
 /// A huge page that is not there when it is touched kills the process, so their number is checked before.
-fn check_huge_pages(size: u64) -> Result<(), Error> {
-    let read = fs::read_to_string(FREE_HUGE_PAGES).map_err(Error::HugePages)?;
-    let free = read.trim().parse().unwrap_or(0);
-    let needed = size / HUGE_PAGE;
-    if needed > free { Err(Error::TooFewHugePages { needed, free }) } else { Ok(()) }
+fn check_huge_pages(size: u64, page: u64) -> Result<(), Error> {
+    let count = |name: &str| -> Result<u64, Error> {
+        let path = format!("{HUGE_PAGES}/hugepages-{}kB/{name}", page >> 10);
+        match fs::read_to_string(&path) {
+            Ok(text) => Ok(text.trim().parse().unwrap_or(0)),
+            Err(source) => Err(Error::HugePages { path, source }),
+        }
+    };
+    // Some of the free ones may be promised to somebody.
+    let free = count("free_hugepages")?.saturating_sub(count("resv_hugepages")?);
+    let needed = size / page;
+    if needed <= free {
+        return Ok(());
+    }
+    let total = count("nr_hugepages")? + needed - free;
+    Err(Error::TooFewHugePages { needed, free, mebibytes: page >> 20, total })
+}
+
+/// The command after which there are so many huge pages.
+fn set_aside(mebibytes: u64, total: u64) -> String {
+    if mebibytes == HUGE_PAGE >> 20 {
+        format!("sysctl vm.nr_hugepages={total}")
+    } else {
+        format!("echo {total} > {HUGE_PAGES}/hugepages-{}kB/nr_hugepages", mebibytes << 10)
+    }
+}
+
+/// Has the kernel provide every page now.
+fn populate(region: &GuestRegionMmap) -> io::Result<()> {
+    // SAFETY: the range is a live mapping owned by `region`, and providing its pages does not change what it holds.
+    let result = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_POPULATE_WRITE) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// A wish: the host may not grant it.
@@ -242,6 +302,8 @@ pub fn pci_window_64(memory: &GuestMemory, physical_bits: u8) -> (u64, u64) {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
 
     #[test]
@@ -262,20 +324,46 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_sealed_and_shared() {
-        let memory = allocate(&MemoryOptions { size: 32 << 20, hugepages: false }).unwrap();
+    fn memory_is_sealed_shared_and_there_if_wanted() {
+        let memory = allocate(&MemoryOptions { size: 32 << 20, hugepages: None, prefault: true }).unwrap();
         let region = memory.iter().next().unwrap();
         let file = region.file_offset().unwrap().file();
         assert!(file.set_len(4096).is_err(), "shrinking would turn accesses into SIGBUS");
+        assert_eq!(file.metadata().unwrap().blocks(), (32 << 20) / 512, "every page is there");
+    }
+
+    #[test]
+    fn too_few_huge_pages_say_how_many_are_needed_and_where() {
+        let error = |mebibytes| Error::TooFewHugePages { needed: 256, free: 6, mebibytes, total: 260 }.to_string();
+        assert!(error(2).contains("needs 256 huge pages of 2M and 6 are free"), "{}", error(2));
+        assert!(error(2).contains("sysctl vm.nr_hugepages=260"), "{}", error(2));
+        assert!(error(1024).contains("echo 260 > /sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages"));
     }
 
     #[test]
     fn options_say_what_is_expected() {
-        assert_eq!("size=1G,shared=on".parse(), Ok(MemoryOptions { size: 1 << 30, hugepages: false }));
-        assert!("size=1G,hugepages=on".parse::<MemoryOptions>().unwrap().hugepages);
+        let plain = MemoryOptions { size: 1 << 30, hugepages: None, prefault: false };
+        assert_eq!("size=1G,shared=on".parse(), Ok(plain));
+        for (text, hugepages, prefault) in [
+            ("size=1G,hugepages=on", Some(2 << 20), false),
+            ("size=2G,hugepages=on,hugepage_size=1G,prefault=on", Some(1 << 30), true),
+            ("size=33M,prefault=on", None, true),
+        ] {
+            let options: MemoryOptions = text.parse().unwrap();
+            assert_eq!((options.hugepages, options.prefault), (hugepages, prefault), "{text}");
+        }
         assert_eq!("".parse(), Ok(MemoryOptions::default()));
-        for bad in ["size=1", "size=16M", "size=2048T", "shared=off", "size=33M,hugepages=on", "hugepage=on"]
-        {
+        for bad in [
+            "size=1",
+            "size=16M",
+            "size=2048T",
+            "shared=off",
+            "size=33M,hugepages=on",
+            "hugepage=on",
+            "size=512M,hugepages=on,hugepage_size=1G",
+            "hugepages=on,hugepage_size=4K",
+            "hugepage_size=2M",
+        ] {
             assert!(bad.parse::<MemoryOptions>().is_err(), "{bad}");
         }
     }

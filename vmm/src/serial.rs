@@ -67,19 +67,26 @@ impl FromStr for SerialMode {
 /// What can go wrong while the port is made.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The file of `--serial file=` could not be made.
-    #[error("cannot create the serial output file {path}")]
+    /// The file of `--serial file=` or `--console file=` could not be made.
+    #[error("cannot create the {what} output file {path}")]
     File {
+        /// serial or console.
+        what: &'static str,
         /// Its path.
         path: PathBuf,
         /// The error.
         source: io::Error,
     },
-    /// The file of `--serial file=` is a pipe or the like, which could block the VMM.
+    /// That file is a pipe or the like, which could block the VMM.
     #[error(
-        "the serial output file {0} is neither a regular file nor a character device such as a terminal; give one of these"
+        "the {what} output file {path} is neither a regular file nor a character device such as a terminal; give one of these"
     )]
-    NotAFile(PathBuf),
+    NotAFile {
+        /// serial or console.
+        what: &'static str,
+        /// Its path.
+        path: PathBuf,
+    },
     /// An event or timer file could not be made.
     #[error("cannot make the serial port's event files")]
     Events(#[source] io::Error),
@@ -161,7 +168,7 @@ impl Port {
             SerialMode::Off => return Ok(None),
             SerialMode::Null => Box::new(io::sink()),
             SerialMode::Tty => Box::new(io::stdout()),
-            SerialMode::File(path) => Box::new(create(path)?),
+            SerialMode::File(path) => Box::new(create("serial", path)?),
         };
         Self::with_sink(sink).map(|port| Some(Arc::new(port))).map_err(Error::Events)
     }
@@ -230,19 +237,20 @@ impl Port {
     }
 }
 
-/// Opens the file of `--serial file=`, made if it is not there and emptied if it is.
-fn create(path: &Path) -> Result<File, Error> {
-    let failed = |source| Error::File { path: path.into(), source };
+/// Opens the file of `--serial file=` or `--console file=`, made if it is not there and emptied if it is.
+pub(crate) fn create(what: &'static str, path: &Path) -> Result<File, Error> {
+    let failed = |source| Error::File { what, path: path.into(), source };
+    let not_a_file = || Error::NotAFile { what, path: path.into() };
     let mut options = OpenOptions::new();
     // A pipe nobody reads from would block, and a terminal is not to become ours.
     options.write(true).create(true).truncate(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
     let file = match options.open(path) {
-        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return Err(Error::NotAFile(path.into())),
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return Err(not_a_file()),
         opened => opened.map_err(failed)?,
     };
     let kind = file.metadata().map_err(failed)?.file_type();
     if !kind.is_file() && !kind.is_char_device() {
-        return Err(Error::NotAFile(path.into()));
+        return Err(not_a_file());
     }
     // Output to a slow terminal waits for it rather than being lost.
     fcntl(&file, FcntlArg::F_SETFL(OFlag::empty())).map_err(|error| failed(error.into()))?;
@@ -339,11 +347,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("pipe");
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        assert!(matches!(create(&path), Err(Error::NotAFile(_))), "without a reader");
+        assert!(matches!(create("serial", &path), Err(Error::NotAFile { .. })), "without a reader");
         let _reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
-        assert!(matches!(create(&path), Err(Error::NotAFile(_))), "with a reader");
+        assert!(matches!(create("serial", &path), Err(Error::NotAFile { .. })), "with a reader");
         for path in [directory.path().join("log"), "/dev/null".into()] {
-            let file = create(&path).unwrap();
+            let file = create("serial", &path).unwrap();
             let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL).unwrap());
             assert!(!flags.contains(OFlag::O_NONBLOCK), "{path:?}");
         }

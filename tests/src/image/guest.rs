@@ -20,6 +20,9 @@ pub const MODULE: &str = "/modules/ivcpu.ko";
 /// Loaded at start. virtio_pmem is one of the FIFO region's two carriers.
 const MODULES: [&str; 4] = ["virtio_pci", "virtio_net", "virtio_console", "virtio_pmem"];
 
+/// There to be loaded by a test that wants it: their paths, in order, are in `/on-request`.
+const ON_REQUEST: [&str; 2] = ["virtio_blk", "virtio_rng"];
+
 /// What goes into a guest's image.
 pub(super) struct Contents<'a> {
     /// The guest's kernel.
@@ -42,15 +45,22 @@ pub(super) fn build(path: &Path, contents: &Contents<'_>) -> Result<(), Error> {
     let tools = contents.tools;
     image.copy(&tools.find(BUSYBOX)?, "bin/busybox", 0o755)?;
     image.file("init", 0o755, INIT.as_bytes()).map_err(Error::file("add", path))?;
-    let mut load = String::new();
     let igbvf = contents.igbvf.then_some("igbvf");
     let names: Vec<_> = MODULES.into_iter().chain(igbvf).collect();
-    for module in Modules::of(contents.kernel)?.in_loading_order(&names)? {
+    let modules = Modules::of(contents.kernel)?;
+    let at_start = modules.in_loading_order(&names)?.len();
+    let all: Vec<_> = names.into_iter().chain(ON_REQUEST).collect();
+    // The order begins with what is loaded at start.
+    let (mut load, mut on_request) = (String::new(), String::new());
+    for (number, module) in modules.in_loading_order(&all)?.into_iter().enumerate() {
         let name = format!("modules/{}.ko", module.name);
-        load += &format!("/{name}\n");
+        let list = if number < at_start { &mut load } else { &mut on_request };
+        *list += &format!("/{name}\n");
         image.file(&name, 0o644, &module.content).map_err(Error::file("add", path))?;
     }
-    image.file("load", 0o644, load.as_bytes()).map_err(Error::file("add", path))?;
+    for (name, list) in [("load", load), ("on-request", on_request)] {
+        image.file(name, 0o644, list.as_bytes()).map_err(Error::file("add", path))?;
+    }
     add_agent(&mut image, contents.agent)?;
     add_tools(&mut image, tools, path)?;
     image.copy(contents.service, SERVICE, 0o755)?;

@@ -6,6 +6,7 @@ mod guest;
 mod host;
 pub mod ivcpu_module;
 mod modules;
+mod vmlinux;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -20,6 +21,7 @@ use crate::workspace::Workspace;
 use guest::Contents;
 pub use guest::{MODULE, SERVICE};
 pub use host::build_host;
+pub use vmlinux::vmlinux;
 
 /// Where the guest image for `kernel` lies.
 pub fn guest_image(workspace: &Workspace, kernel: Kernel) -> PathBuf {

@@ -1,8 +1,10 @@
-//! The kernel: a bzImage and its initrd are LOADED, and the zero page tells the kernel where everything is.
+//! The kernel: a bzImage and its initrd are LOADED, and the zero page tells the kernel where everything is. An ELF file goes
+//! to [`super::pvh`].
 //!
 //! The 64-bit boot protocol of `Documentation/arch/x86/boot.rst`: the compressed kernel goes to 1 MiB and is entered
 //! 0x200 beyond; it moves itself to the address it prefers. The initrd goes as high as it may below the hole.
 
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
@@ -10,9 +12,11 @@ use linux_loader::loader::{BzImage, KernelLoader};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::files::{self, BootFile, BootFiles};
-use super::layout;
+use super::{Entry, layout, pvh};
 use crate::memory::{ECAM_SIZE, ECAM_START, GuestMemory, HOLE_START};
 
+/// What an ELF file begins with.
+const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 const LOADER_UNDEFINED: u8 = 0xff;
@@ -29,7 +33,7 @@ const PARAGRAPH: u64 = 16;
 /// What is booted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KernelOptions {
-    /// The bzImage.
+    /// A bzImage, or an ELF vmlinux with a PVH entry point.
     pub kernel: PathBuf,
     /// The initial RAM file system, if any.
     pub initramfs: Option<PathBuf>,
@@ -60,6 +64,24 @@ pub enum Error {
         /// What the loader missed.
         reason: String,
     },
+    /// An ELF file that is no kernel for this VM.
+    #[error(
+        "the ELF kernel {path} cannot be loaded ({reason}); is it a whole x86-64 vmlinux, and the VM's memory large enough?"
+    )]
+    Elf {
+        /// Its path.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// An ELF file that cannot be entered.
+    #[error(
+        "the ELF kernel {0} has no PVH entry point; give --kernel one built with CONFIG_PVH, or the bzImage (/boot/vmlinuz-*)"
+    )]
+    NoPvhEntry(PathBuf),
+    /// The start info of PVH could not be written.
+    #[error("cannot write the PVH start info to guest memory")]
+    StartInfo(#[source] linux_loader::configurator::Error),
     /// The end of the file is missing.
     #[error(
         "the kernel {path} is cut off: it has {size} bytes and its header promises {promised}; copy or download it again"
@@ -110,26 +132,31 @@ pub enum Error {
     },
 }
 
-/// Loads kernel, initrd and command line, writes the zero page, and returns the address of the first instruction.
+/// Loads kernel, initrd and command line, and tells the kernel where they are; returns where it begins.
 ///
 /// `rsdp` is the guest-physical address of the root of the ACPI tables.
-pub fn load(memory: &GuestMemory, files: BootFiles, command_line: &str, rsdp: u64) -> Result<u64, Error> {
+pub fn load(memory: &GuestMemory, files: BootFiles, command_line: &str, rsdp: u64) -> Result<Entry, Error> {
+    let mut magic = [0; ELF_MAGIC.len()];
+    // A file too short to tell is no bzImage either.
+    if files.kernel.file.read_exact_at(&mut magic, 0).is_ok() && magic == ELF_MAGIC {
+        return pvh::load(memory, files, command_line, rsdp);
+    }
     let header = load_kernel(memory, files.kernel)?;
     let kernel_end = end_of_unpacked_kernel(&header);
     let mut params = boot_params { hdr: header, acpi_rsdp_addr: rsdp, ..Default::default() };
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     if let Some(file) = files.initramfs {
-        let (address, size) = load_initramfs(memory, file, kernel_end, &header)?;
+        let (address, size) = load_initramfs(memory, file, kernel_end, header.initrd_addr_max)?;
         params.hdr.ramdisk_image = address as u32;
         params.hdr.ramdisk_size = size as u32;
     }
-    write_command_line(memory, command_line, &header)?;
+    write_command_line(memory, command_line, header.cmdline_size as usize)?;
     params.hdr.cmd_line_ptr = layout::COMMAND_LINE as u32;
     fill_e820(memory, &mut params);
     memory
         .write_obj(params, GuestAddress(layout::ZERO_PAGE))
         .map_err(|source| Error::Memory { what: "the zero page", source })?;
-    Ok(layout::HIGH_MEMORY + ENTRY_64_BIT)
+    Ok(Entry::Linux64(layout::HIGH_MEMORY + ENTRY_64_BIT))
 }
 
 fn load_kernel(memory: &GuestMemory, file: BootFile) -> Result<setup_header, Error> {
@@ -171,15 +198,15 @@ fn end_of_unpacked_kernel(header: &setup_header) -> u64 {
     header.pref_address.max(layout::HIGH_MEMORY).saturating_add(u64::from(header.init_size))
 }
 
-/// Reads the initrd to the highest address that kernel and hole allow; returns its address and size.
-fn load_initramfs(
+/// Reads the initrd to the highest address that kernel (its last byte may have) and hole allow; returns its address and size.
+pub(super) fn load_initramfs(
     memory: &GuestMemory,
     file: BootFile,
     kernel_end: u64,
-    header: &setup_header,
+    last: u32,
 ) -> Result<(u64, usize), Error> {
     let BootFile { mut file, size, .. } = file;
-    let limit = low_ram_end(memory).min(u64::from(header.initrd_addr_max).saturating_add(1));
+    let limit = low_ram_end(memory).min(u64::from(last) + 1);
     let address = limit
         .checked_sub(size)
         .map(|address| address & !(PAGE - 1))
@@ -199,8 +226,9 @@ fn load_initramfs(
     Ok((address, size))
 }
 
-fn write_command_line(memory: &GuestMemory, text: &str, header: &setup_header) -> Result<(), Error> {
-    let limit = (header.cmdline_size as usize).min(layout::COMMAND_LINE_SIZE - 1);
+/// Writes the command line, of which the kernel takes `most` bytes.
+pub(super) fn write_command_line(memory: &GuestMemory, text: &str, most: usize) -> Result<(), Error> {
+    let limit = most.min(layout::COMMAND_LINE_SIZE - 1);
     if text.len() > limit || text.contains('\0') {
         return Err(Error::CommandLine { length: text.len(), limit });
     }
@@ -211,8 +239,9 @@ fn write_command_line(memory: &GuestMemory, text: &str, header: &setup_header) -
         .map_err(|source| Error::Memory { what: "the command line", source })
 }
 
-/// RAM below the BIOS area, RAM above 1 MiB, and the ECAM window as reserved (Linux uses it only then).
-fn fill_e820(memory: &GuestMemory, params: &mut boot_params) {
+/// RAM below the BIOS area, RAM above 1 MiB, and the ECAM window as reserved (Linux uses it only then): start, size
+/// and kind of each.
+pub(super) fn memory_map(memory: &GuestMemory) -> Vec<(u64, u64, u32)> {
     let mut entries = vec![(0, layout::LOW_MEMORY_END, E820_RAM), (ECAM_START, ECAM_SIZE, E820_RESERVED)];
     for region in memory.iter() {
         let (start, end) = (region.start_addr().raw_value(), region.last_addr().raw_value() + 1);
@@ -220,6 +249,11 @@ fn fill_e820(memory: &GuestMemory, params: &mut boot_params) {
         entries.push((start, end - start, E820_RAM));
     }
     entries.sort_unstable();
+    entries
+}
+
+fn fill_e820(memory: &GuestMemory, params: &mut boot_params) {
+    let entries = memory_map(memory);
     params.e820_entries = entries.len() as u8;
     for (slot, (addr, size, kind)) in params.e820_table.iter_mut().zip(entries) {
         *slot = boot_e820_entry { addr, size, r#type: kind };
@@ -227,7 +261,7 @@ fn fill_e820(memory: &GuestMemory, params: &mut boot_params) {
 }
 
 /// End of the RAM below the hole.
-fn low_ram_end(memory: &GuestMemory) -> u64 {
+pub(super) fn low_ram_end(memory: &GuestMemory) -> u64 {
     let below_hole = |end: &u64| *end <= HOLE_START;
     memory.iter().map(|region| region.last_addr().raw_value() + 1).filter(below_hole).max().unwrap_or(0)
 }
@@ -270,7 +304,7 @@ mod tests {
         KernelOptions { kernel: kernel.into(), initramfs: None, command_line: "console=ttyS0".into() }
     }
 
-    fn load(memory: &GuestMemory, options: &KernelOptions, rsdp: u64) -> Result<u64, Error> {
+    fn load(memory: &GuestMemory, options: &KernelOptions, rsdp: u64) -> Result<Entry, Error> {
         super::load(memory, options.open()?, &options.command_line, rsdp)
     }
 
@@ -285,7 +319,7 @@ mod tests {
         initramfs.write_all(&[7; 5000]).unwrap();
         let memory = ram(64);
         let options = KernelOptions { initramfs: Some(initramfs.path().into()), ..options(kernel.path()) };
-        assert_eq!(load(&memory, &options, 0xe_0000).unwrap(), 0x10_0200);
+        assert_eq!(load(&memory, &options, 0xe_0000).unwrap(), Entry::Linux64(0x10_0200));
         let params: boot_params = memory.read_obj(GuestAddress(layout::ZERO_PAGE)).unwrap();
         assert_eq!({ params.acpi_rsdp_addr }, 0xe_0000);
         assert_eq!({ params.hdr.ramdisk_size }, 5000);

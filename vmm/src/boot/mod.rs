@@ -5,13 +5,29 @@ pub mod cpuid;
 pub mod files;
 pub mod kernel;
 pub mod mtrr;
+mod pvh;
 pub mod registers;
 pub mod reset_vector;
+
+/// The guest's first instruction, and how it is entered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    /// In 64-bit mode, as Linux's boot protocol has it.
+    Linux64(u64),
+    /// In 32-bit protected mode, as PVH has it.
+    Pvh(u64),
+}
 
 /// Guest-physical addresses of what is put below 1 MiB before the guest starts.
 pub mod layout {
     /// The global descriptor table of the first vCPU.
     pub const GDT: u64 = 0x500;
+    /// The start info of a kernel that is entered as PVH has it.
+    pub const PVH_START_INFO: u64 = 0x6000;
+    /// Its list of modules: the initrd.
+    pub const PVH_MODULES: u64 = 0x6100;
+    /// Its memory map.
+    pub const PVH_MEMORY_MAP: u64 = 0x6200;
     /// The zero page (`struct boot_params`).
     pub const ZERO_PAGE: u64 = 0x7000;
     /// Top of the first stack.

@@ -1,11 +1,11 @@
-//! Registers of the first vCPU at the 64-bit entry point of a Linux kernel: long mode, paging on, the first GiB mapped
-//! to itself, interrupts off, `rsi` at the zero page. All other vCPUs wait in KVM for their start-up IPI.
+//! Registers of the first vCPU at a kernel's entry point, interrupts off. At Linux's 64-bit one: long mode, paging on, the first
+//! GiB mapped to itself, `rsi` at the zero page. At that of PVH: protected mode, no paging, `ebx` at the start info. All other vCPUs wait in KVM for their start-up IPI.
 
 use kvm_bindings::{kvm_lapic_state, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::layout;
+use super::{Entry, layout};
 use crate::memory::GuestMemory;
 
 const CR0_PROTECTION: u64 = 1;
@@ -39,21 +39,24 @@ pub enum Error {
 }
 
 /// Writes descriptor table and page tables, and points the first vCPU at `entry`.
-pub fn set_up_first(vcpu: &VcpuFd, memory: &GuestMemory, entry: u64) -> Result<(), Error> {
+pub fn set_up_first(vcpu: &VcpuFd, memory: &GuestMemory, entry: Entry) -> Result<(), Error> {
     let kvm = |step| move |source| Error::Kvm { step, source };
-    write_descriptors(memory)?;
-    write_page_tables(memory)?;
     let mut sregs = vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?;
-    enter_long_mode(&mut sregs);
-    vcpu.set_sregs(&sregs).map_err(kvm("KVM_SET_SREGS"))?;
-    let regs = kvm_regs {
-        rflags: 2,
-        rip: entry,
-        rsp: layout::STACK_TOP,
-        rbp: layout::STACK_TOP,
-        rsi: layout::ZERO_PAGE,
-        ..Default::default()
+    let regs = match entry {
+        Entry::Linux64(rip) => {
+            write_descriptors(memory, FLAT_CODE_64)?;
+            write_page_tables(memory)?;
+            enter_long_mode(&mut sregs);
+            let (rsp, rbp, rsi) = (layout::STACK_TOP, layout::STACK_TOP, layout::ZERO_PAGE);
+            kvm_regs { rflags: 2, rip, rsp, rbp, rsi, ..Default::default() }
+        }
+        Entry::Pvh(rip) => {
+            write_descriptors(memory, FLAT_CODE_32)?;
+            enter_protected_mode(&mut sregs);
+            kvm_regs { rflags: 2, rip, rbx: layout::PVH_START_INFO, ..Default::default() }
+        }
     };
+    vcpu.set_sregs(&sregs).map_err(kvm("KVM_SET_SREGS"))?;
     vcpu.set_regs(&regs).map_err(kvm("KVM_SET_REGS"))
 }
 
@@ -74,11 +77,13 @@ fn set_delivery_mode(lapic: &mut kvm_lapic_state, offset: usize, mode: u32) {
     }
 }
 
+const FLAT_CODE_64: u64 = 0x00af_9b00_0000_ffff;
+const FLAT_CODE_32: u64 = 0x00cf_9b00_0000_ffff;
+
 /// Selectors as the boot protocol wants them: code at 0x10, data at 0x18, both flat.
-fn write_descriptors(memory: &GuestMemory) -> Result<(), vm_memory::GuestMemoryError> {
-    const FLAT_CODE_64: u64 = 0x00af_9b00_0000_ffff;
+fn write_descriptors(memory: &GuestMemory, code: u64) -> Result<(), vm_memory::GuestMemoryError> {
     const FLAT_DATA: u64 = 0x00cf_9300_0000_ffff;
-    for (index, entry) in [0, 0, FLAT_CODE_64, FLAT_DATA].into_iter().enumerate() {
+    for (index, entry) in [0, 0, code, FLAT_DATA].into_iter().enumerate() {
         memory.write_obj(entry, GuestAddress(layout::GDT + 8 * index as u64))?;
     }
     Ok(())
@@ -98,18 +103,31 @@ fn write_page_tables(memory: &GuestMemory) -> Result<(), vm_memory::GuestMemoryE
 }
 
 fn enter_long_mode(sregs: &mut kvm_sregs) {
+    set_segments(sregs);
+    (sregs.cs.l, sregs.cs.db) = (1, 0);
+    sregs.cr3 = layout::PAGE_TABLES;
+    sregs.cr4 |= CR4_PHYSICAL_ADDRESS_EXTENSION;
+    sregs.cr0 |= CR0_PROTECTION | CR0_PAGING;
+    sregs.efer |= EFER_LONG_MODE_ENABLE | EFER_LONG_MODE_ACTIVE;
+}
+
+fn enter_protected_mode(sregs: &mut kvm_sregs) {
+    set_segments(sregs);
+    // A 32-bit task state segment, which PVH wants to be there.
+    sregs.tr = kvm_segment { limit: 0x67, type_: 0xb, present: 1, ..Default::default() };
+    sregs.cr0 |= CR0_PROTECTION;
+}
+
+/// Flat segments, code for 32 bits, and no interrupt descriptors.
+fn set_segments(sregs: &mut kvm_sregs) {
     let flat = kvm_segment { base: 0, limit: 0xffff_ffff, present: 1, s: 1, g: 1, ..Default::default() };
-    sregs.cs = kvm_segment { selector: 0x10, type_: 0xb, l: 1, ..flat };
+    sregs.cs = kvm_segment { selector: 0x10, type_: 0xb, db: 1, ..flat };
     let data = kvm_segment { selector: 0x18, type_: 0x3, db: 1, ..flat };
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.gdt.base = layout::GDT;
     sregs.gdt.limit = 4 * 8 - 1;
     sregs.idt.base = 0;
     sregs.idt.limit = 0;
-    sregs.cr3 = layout::PAGE_TABLES;
-    sregs.cr4 |= CR4_PHYSICAL_ADDRESS_EXTENSION;
-    sregs.cr0 |= CR0_PROTECTION | CR0_PAGING;
-    sregs.efer |= EFER_LONG_MODE_ENABLE | EFER_LONG_MODE_ACTIVE;
 }
 
 #[cfg(test)]

@@ -1,13 +1,18 @@
 //! Virtio 1.2 devices behind the PCI transport.
 //!
-//! [`registers`] is what the driver programs, [`transport`] the PCI function around it, [`vhost_user_net`] the one device
-//! there is; its rings are served by another process over a [`session`], its [`control_queue`] here.
+//! [`registers`] is what the driver programs, [`transport`] the PCI function around it. The rings of [`vhost_user_net`] are
+//! served by another process over a [`session`], its [`control_queue`] here; those of [`block`] by a thread of its own, those of [`rng`] and [`console`]
+//! by the vCPUs.
 
+pub mod block;
+pub mod console;
 pub mod control_queue;
 pub mod deadline;
 pub mod net_options;
 pub mod reconnect;
 pub mod registers;
+pub mod ring;
+pub mod rng;
 pub mod session;
 pub mod transport;
 pub mod vhost_user_net;
@@ -58,6 +63,10 @@ pub trait Device: Send {
     fn features(&self) -> u64;
     /// Largest size of each queue.
     fn queue_sizes(&self) -> Vec<u16>;
+    /// MSI-X vectors: one for the configuration and one for each queue, unless queues are to share one.
+    fn vectors(&self) -> u16 {
+        self.queue_sizes().len() as u16 + 1
+    }
     /// A read of the device's configuration; what is not there reads as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// The driver is ready. A device that cannot go on says so in its own way; the driver cannot.
@@ -68,6 +77,14 @@ pub trait Device: Send {
     fn kicked(&mut self, queue: u16);
     /// The driver gave up the device. When this returns nobody touches the queues any more.
     fn reset(&mut self);
+}
+
+/// Reads a structure of the device as a driver does: what is not there is zero.
+fn read_bytes(structure: &[u8], offset: u64, data: &mut [u8]) {
+    for (index, byte) in data.iter_mut().enumerate() {
+        let at = usize::try_from(offset).ok().and_then(|offset| offset.checked_add(index));
+        *byte = at.and_then(|at| structure.get(at)).copied().unwrap_or(0);
+    }
 }
 
 /// How a device tells its driver that the configuration changed.

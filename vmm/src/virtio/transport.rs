@@ -115,7 +115,7 @@ impl<D: Device> Transport<D> {
     pub fn new(device: D, wiring: Wiring, bar_address: u64) -> Result<Self, Error> {
         let mut sizes = device.queue_sizes();
         sizes.truncate(MAX_QUEUES);
-        let vectors = sizes.len() as u16 + 1;
+        let vectors = device.vectors().min(MAX_QUEUES as u16 + 1);
         let msix = Msix::new(Arc::clone(&wiring.messages), vectors)?;
         let mut config = ConfigSpace::new(Identity {
             vendor: VIRTIO_VENDOR,

@@ -24,7 +24,7 @@ use super::control_queue::{self, Command, ControlQueue};
 use super::net_options::NetOptions;
 use super::reconnect;
 use super::session::{Base, Error, Session};
-use super::{Activation, ConfigChange, Device, Queue};
+use super::{Activation, ConfigChange, Device, Queue, read_bytes};
 use crate::chain::Chain;
 use crate::events;
 use crate::memory::GuestMemory;
@@ -341,13 +341,7 @@ impl Device for VhostUserNet {
         config[..6].copy_from_slice(&net.mac);
         config[6..8].copy_from_slice(&net.status().to_le_bytes());
         config[8..].copy_from_slice(&net.options.pairs.to_le_bytes());
-        for (index, byte) in data.iter_mut().enumerate() {
-            *byte = usize::try_from(offset)
-                .ok()
-                .and_then(|at| config.get(at.checked_add(index)?))
-                .copied()
-                .unwrap_or(0);
-        }
+        read_bytes(&config, offset, data);
     }
 
     fn activate(&mut self, activation: Activation) {
