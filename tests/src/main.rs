@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use ivcpu_lab::compare::{CompareOptions, compare};
 use ivcpu_lab::guest;
 use ivcpu_lab::html::{self, ReportOptions};
+use ivcpu_lab::image::debian;
 use ivcpu_lab::in_host::Host;
 use ivcpu_lab::in_host::agent;
 use ivcpu_lab::in_host::measure::measure;
@@ -36,6 +37,8 @@ enum Command {
     Compare(CompareOptions),
     /// Make a page with charts of a file that `compare --json` wrote
     Report(ReportOptions),
+    /// Make a Debian disk image of packages, with its kernel and initramfs, and say how ivcpu-vmm boots it
+    Image,
     /// A terminal in the emulated host, or one command there with its exit status
     Shell {
         /// The command and its arguments
@@ -99,6 +102,10 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             let complete = compare(&Workspace::locate()?, &options)?;
             return Ok(if complete { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
+        Command::Image => {
+            let workspace = Workspace::locate()?;
+            print!("{}", debian::prepare(&workspace, &Provision::new(&workspace))?.instructions());
+        }
         Command::Measure(plan) => {
             println!("{}", serde_json::to_string(&measure(&mut Host::emulated()?, &plan)?)?);
         }
@@ -118,7 +125,9 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             thread::scope(|scope| {
                 let build = scope.spawn(|| workspace.build());
                 provision(&workspace, Kernel::value_variants())?;
-                Provision::new(&workspace).browser()?;
+                let more = Provision::new(&workspace);
+                more.browser()?;
+                debian::prepare(&workspace, &more)?;
                 build.join().map_err(|_| anyhow!("the thread that builds the programs died"))??;
                 anyhow::Ok(())
             })?;

@@ -15,6 +15,11 @@ pub fn nic_interrupts() -> anyhow::Result<Vec<Interrupt>> {
     Ok(parse_interrupts(&text, |name| name.starts_with("virtio") || name.starts_with("eth")))
 }
 
+/// The interrupts of virtio devices in another kernel's `/proc/interrupts`.
+pub fn virtio_interrupts(text: &str) -> Vec<Interrupt> {
+    parse_interrupts(text, |name| name.starts_with("virtio"))
+}
+
 /// The interrupts of functions that are passed through to a VM.
 pub fn passthrough_interrupts() -> anyhow::Result<Vec<Interrupt>> {
     let text = fs::read_to_string("/proc/interrupts").context("reading /proc/interrupts")?;
@@ -48,9 +53,12 @@ pub struct Interrupt {
 }
 
 impl Interrupt {
-    /// Whether it belongs to a network queue (not to a configuration change).
+    /// Whether it belongs to a queue of a NIC or a disk (not to a configuration change).
     pub fn is_queue(&self) -> bool {
-        self.is_receive() || self.is_transmit() || self.name.contains("virtqueues")
+        self.is_receive()
+            || self.is_transmit()
+            || self.name.contains("virtqueues")
+            || self.name.contains("-req.")
     }
 
     /// Whether it belongs to receive queues alone.

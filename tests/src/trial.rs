@@ -78,11 +78,40 @@ where
         return body(&mut Host::emulated()?);
     }
     let name = test_name(type_name_of_val(&body))?;
+    until_it_is_the_tests_fault(name, || run_inside(name, kernel))
+}
+
+/// The same in an emulated host that no other test sees. `boot` makes it, with whatever belongs to it, anew for each try; after
+/// `body` has passed, both are given back. Inside nothing is.
+pub fn in_emulated_host_of_its_own<T, F>(
+    boot: impl Fn() -> anyhow::Result<(EmulatedHost, T)>,
+    body: F,
+) -> anyhow::Result<Option<(EmulatedHost, T)>>
+where
+    F: FnOnce(&mut Host) -> anyhow::Result<()>,
+{
+    if std::env::var_os(INSIDE).is_some() {
+        body(&mut Host::emulated()?)?;
+        return Ok(None);
+    }
+    let name = test_name(type_name_of_val(&body))?;
+    until_it_is_the_tests_fault(name, || {
+        let (mut host, more) = boot()?;
+        run_test(&mut host, name)?;
+        Ok(Some((host, more)))
+    })
+}
+
+/// Tries the test `name` until it passes, or fails in a way, or as often, as the emulator does not.
+fn until_it_is_the_tests_fault<T>(
+    name: &str,
+    mut run: impl FnMut() -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
     let mut failed = false;
     let mut lost = 0;
     loop {
-        let error = match run_inside(name, kernel) {
-            Ok(()) => return Ok(()),
+        let error = match run() {
+            Ok(passed) => return Ok(passed),
             Err(error) => error,
         };
         match error.downcast_ref() {
@@ -97,29 +126,33 @@ where
 }
 
 fn run_inside(name: &str, kernel: Kernel) -> anyhow::Result<()> {
-    let program = std::env::current_exe().context("finding the test executable")?;
-    let program = program.display().to_string();
     with_emulated_host(|host| {
         if kernel != Kernel::V6_12 {
             let workspace = Workspace::locate()?;
             prepare_guest(&workspace, &Provision::new(&workspace), kernel)?;
         }
-        let mut run = host.command([program.as_str(), "--exact", name, "--nocapture", "--test-threads=1"]);
-        run.environment.push((INSIDE.into(), "1".into()));
-        let mut output = Vec::new();
-        let status =
-            host.run(&run, Input::Empty, Some(DEADLINE), |_, bytes| output.extend_from_slice(bytes))?;
-        let output = String::from_utf8_lossy(&output);
-        if status != 0 {
-            bail!("{name} failed inside the emulated host with status {status}:\n{output}");
-        }
-        // A name that matches nothing would also "pass".
-        if !output.contains("1 passed") {
-            bail!("the test executable does not know the test {name}:\n{output}");
-        }
-        print!("{output}");
-        Ok(())
+        run_test(host, name)
     })
+}
+
+/// Runs the test `name` of this executable inside `host`.
+fn run_test(host: &mut EmulatedHost, name: &str) -> anyhow::Result<()> {
+    let program = std::env::current_exe().context("finding the test executable")?;
+    let program = program.display().to_string();
+    let mut run = host.command([program.as_str(), "--exact", name, "--nocapture", "--test-threads=1"]);
+    run.environment.push((INSIDE.into(), "1".into()));
+    let mut output = Vec::new();
+    let status = host.run(&run, Input::Empty, Some(DEADLINE), |_, bytes| output.extend_from_slice(bytes))?;
+    let output = String::from_utf8_lossy(&output);
+    if status != 0 {
+        bail!("{name} failed inside the emulated host with status {status}:\n{output}");
+    }
+    // A name that matches nothing would also "pass".
+    if !output.contains("1 passed") {
+        bail!("the test executable does not know the test {name}:\n{output}");
+    }
+    print!("{output}");
+    Ok(())
 }
 
 /// `crate::module::test::{{closure}}` is the test `module::test`.

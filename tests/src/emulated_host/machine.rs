@@ -29,6 +29,7 @@ pub(super) struct Parts<'a> {
     pub(super) sockets: &'a Path,
     pub(super) console: &'a Path,
     pub(super) more_kernel_words: &'a str,
+    pub(super) disk: Option<&'a Path>,
 }
 
 impl Parts<'_> {
@@ -70,6 +71,12 @@ impl Parts<'_> {
         arguments.extend(["-kernel".into(), self.kernel.quickest().display().to_string()]);
         arguments.extend(["-initrd".into(), self.image.display().to_string()]);
         arguments.extend(["-append".into(), format!("{KERNEL_WORDS} {}", self.more_kernel_words)]);
+        if let Some(disk) = self.disk {
+            let file = doubled_commas(disk);
+            arguments
+                .extend(["-drive".into(), format!("if=none,id=disk,format=raw,discard=unmap,file={file}")]);
+            arguments.extend(["-device".into(), "virtio-blk-pci,drive=disk".into()]);
+        }
         arguments.extend(["-virtfs".into(), shared(Path::new("/"), "machine", ",readonly=on")]);
         arguments.extend(["-virtfs".into(), shared(self.share, "share", "")]);
         arguments.extend(["-qmp".into(), format!("unix:{},server=on,wait=off", self.qmp().display())]);
@@ -94,7 +101,11 @@ impl Parts<'_> {
 }
 
 fn shared(path: &Path, tag: &str, more: &str) -> String {
-    // A comma in a QEMU option value is written twice.
-    let path = path.display().to_string().replace(',', ",,");
+    let path = doubled_commas(path);
     format!("local,path={path},mount_tag={tag},security_model=none,multidevs=remap{more}")
+}
+
+/// A comma in a QEMU option value is written twice.
+fn doubled_commas(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
 }

@@ -97,13 +97,15 @@ pub struct Options {
     pub attempts: u32,
     /// More words for the emulated host's kernel command line.
     pub kernel_words: String,
+    /// A raw image that it may write, its disk `/dev/vda`.
+    pub disk: Option<PathBuf>,
 }
 
 impl Default for Options {
     fn default() -> Self {
         // 15 s is ample on an idle machine; this one may be building something else.
         // The emulator's faults come in rows where the machine is busy: three starts of four were seen to stall.
-        Self { ready: Duration::from_secs(60), attempts: 8, kernel_words: String::new() }
+        Self { ready: Duration::from_secs(60), attempts: 8, kernel_words: String::new(), disk: None }
     }
 }
 
@@ -186,6 +188,7 @@ impl EmulatedHost {
                 sockets: sockets.path(),
                 console: &console,
                 more_kernel_words: &options.kernel_words,
+                disk: options.disk.as_deref(),
             };
             let step = Step::start("booting the emulated host");
             let started = start(&parts, options.ready);

@@ -9,7 +9,7 @@ use crate::provision::{BUSYBOX, KernelFiles, Unpacked};
 const INIT: &str = include_str!("host-init.sh");
 
 /// i2c_i801 is the driver of a function of the chipset, whose IOMMU group holds others.
-const MODULES: [&str; 13] = [
+const MODULES: [&str; 14] = [
     "9pnet_virtio",
     "9p",
     "virtio_console",
@@ -19,6 +19,7 @@ const MODULES: [&str; 13] = [
     "veth",
     "bridge",
     "virtio_net",
+    "virtio_blk",
     "igb",
     "vfio_pci",
     "vfio_iommu_type1",

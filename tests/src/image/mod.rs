@@ -1,5 +1,7 @@
-//! Initial RAM images for the emulated host and its guests, written without any outside tool.
+//! Images: initial RAM images for the emulated host and its guests, written without any outside tool, and a distribution's
+//! disk image.
 
+pub mod debian;
 mod guest;
 mod host;
 pub mod ivcpu_module;

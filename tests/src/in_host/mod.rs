@@ -4,6 +4,7 @@ pub mod agent;
 mod backend;
 pub mod fifo_guest;
 pub mod flow;
+mod login;
 pub mod measure;
 mod outside;
 pub mod plan;
@@ -26,6 +27,7 @@ use crate::provision::{Kernel, Provision, alioth};
 use crate::workspace::Workspace;
 
 pub use backend::{Backend, BackendConfig, BackendStats, QueueStats};
+pub use login::Login;
 pub use outside::Outside;
 pub use testbed::{Setup, Testbed};
 pub use virtual_function::VirtualFunction;

@@ -10,11 +10,12 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use super::apt::{Apt, run};
+use super::repository::Repository;
 use crate::lock::Lock;
 use crate::progress::Step;
 
 /// The release everything comes from, so that hosts and guests are the same on every system.
-pub(super) const SUITE: &str = "bookworm";
+pub const SUITE: &str = "bookworm";
 /// Its backports: newer kernels and a newer QEMU.
 pub(super) const BACKPORTS: &str = "bookworm-backports";
 
@@ -47,6 +48,12 @@ pub enum Error {
     /// A file could not be written.
     #[error("cannot write {0}: {1}")]
     Write(PathBuf, #[source] io::Error),
+    /// A file could not be read.
+    #[error("cannot read {0}: {1}")]
+    Read(PathBuf, #[source] io::Error),
+    /// apt downloaded a package that it has no record of.
+    #[error("apt has no record of {0}: the package lists have changed meanwhile, run it again")]
+    NoRecord(String),
 }
 
 /// One package file of the archive.
@@ -135,22 +142,11 @@ impl Archive {
         suite: &str,
         into: &Path,
     ) -> Result<(), Error> {
-        let (words, names) = match selection {
-            Selection::Alone(names) => (&["download"][..], names),
-            Selection::WithDependencies(names) => (&["--no-install-recommends", "install"][..], names),
-        };
-        let list = ["-qq", "--print-uris", "-t", suite];
-        let list = list.iter().chain(words).chain(names);
-        let output = self.apt.run("apt-get", &format!("resolving {what}"), list)?;
-        let packages = packages(&String::from_utf8_lossy(&output.stdout));
-
+        let packages = self.resolve(what, selection, suite)?;
         // A half-unpacked folder must never look like a whole one.
         let partial = partial(into);
-        let _ = fs::remove_dir_all(&partial);
         let (debs, root) = (partial.join("debs"), partial.join("root"));
-        for folder in [&debs, &root] {
-            fs::create_dir_all(folder).map_err(|e| Error::Write(folder.clone(), e))?;
-        }
+        start_anew(&partial, &[&debs, &root])?;
         self.download(what, &packages, &debs)?;
         let mut step = Step::start_bytes(format!("unpacking {what}"), packages.iter().map(|p| p.bytes).sum());
         let mut done = 0;
@@ -165,6 +161,43 @@ impl Archive {
         fs::rename(&root, into).map_err(|e| Error::Write(into.into(), e))?;
         let _ = fs::remove_dir_all(&partial);
         Ok(())
+    }
+
+    /// Makes an archive of their own, in `into`, of packages of `suite`, those they depend on, and those no system lacks.
+    pub(super) fn copy(&self, what: &str, names: &[&str], suite: &str, into: &Path) -> Result<(), Error> {
+        // Of those that do the same, the one that needs least.
+        let every_system = ["?essential", "?priority(required)", "usr-is-merged"];
+        let names: Vec<_> = every_system.iter().chain(names).copied().collect();
+        let packages = self.resolve(what, Selection::WithDependencies(&names), suite)?;
+        let show = ["show", "--no-all-versions"].into_iter().chain(packages.iter().map(|p| &*p.wanted));
+        let records = self.apt.run("apt-cache", &format!("looking up {what}"), show)?.stdout;
+        let records = String::from_utf8_lossy(&records);
+
+        let partial = partial(into);
+        let (debs, root) = (partial.join("debs"), partial.join("root"));
+        start_anew(&partial, &[&debs])?;
+        self.download(what, &packages, &debs)?;
+        let mut repository = Repository::create(&root)?;
+        for package in &packages {
+            let record = record_of(&records, &package.wanted);
+            let record = record.ok_or_else(|| Error::NoRecord(package.wanted.clone()))?;
+            repository.add_with_record(&debs.join(&package.file), record)?;
+        }
+        repository.finish(suite)?;
+        fs::rename(&root, into).map_err(|e| Error::Write(into.into(), e))?;
+        let _ = fs::remove_dir_all(&partial);
+        Ok(())
+    }
+
+    fn resolve(&self, what: &str, selection: Selection<'_>, suite: &str) -> Result<Vec<Package>, Error> {
+        let (words, names) = match selection {
+            Selection::Alone(names) => (&["download"][..], names),
+            Selection::WithDependencies(names) => (&["--no-install-recommends", "install"][..], names),
+        };
+        let list = ["-qq", "--print-uris", "-t", suite];
+        let list = list.iter().chain(words).chain(names);
+        let output = self.apt.run("apt-get", &format!("resolving {what}"), list)?;
+        Ok(packages(&String::from_utf8_lossy(&output.stdout)))
     }
 
     fn download(&self, what: &str, packages: &[Package], into: &Path) -> Result<(), Error> {
@@ -198,6 +231,24 @@ fn partial(into: &Path) -> PathBuf {
     let mut name = OsString::from(into);
     name.push(".partial");
     name.into()
+}
+
+/// Removes what an earlier try left in `partial`, and makes `folders` in it.
+fn start_anew(partial: &Path, folders: &[&Path]) -> Result<(), Error> {
+    let _ = fs::remove_dir_all(partial);
+    for folder in folders {
+        fs::create_dir_all(folder).map_err(|e| Error::Write(folder.into(), e))?;
+    }
+    Ok(())
+}
+
+/// The record of the package `name=version` among those that apt printed.
+fn record_of<'a>(records: &'a str, wanted: &str) -> Option<&'a str> {
+    let (name, version) = wanted.split_once('=')?;
+    let has = |record: &str, field: &str, value: &str| {
+        record.lines().any(|line| line.strip_prefix(field).is_some_and(|rest| rest.trim() == value))
+    };
+    records.split("\n\n").find(|record| has(record, "Package:", name) && has(record, "Version:", version))
 }
 
 /// Reads `apt-get --print-uris`: `'URI' FILE BYTES HASH`.
@@ -248,6 +299,14 @@ mod tests {
             bytes: 4711,
         };
         assert_eq!(packages(uris), [expected]);
+    }
+
+    #[test]
+    fn record_of_one_version_of_a_package() {
+        let records =
+            "Package: xy\nVersion: 1\n\nPackage: x\nVersion: 2\n\nPackage: x\nVersion: 1:1\nSize: 3\n";
+        assert_eq!(record_of(records, "x=1:1"), Some("Package: x\nVersion: 1:1\nSize: 3\n"));
+        assert_eq!(record_of(records, "x=1"), None);
     }
 
     #[test]

@@ -16,6 +16,13 @@ pub(super) struct Content {
     pattern: Vec<u8>,
 }
 
+/// A stream's first `length` bytes.
+pub fn content_of(length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    Content::new().fill(0, &mut bytes);
+    bytes
+}
+
 impl Content {
     pub(super) fn new() -> Self {
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::link::Link;
 use content::Content;
+pub use content::content_of;
 
 /// The port the wire's end listens on.
 pub const PORT: u16 = 7077;
