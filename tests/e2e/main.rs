@@ -1,6 +1,7 @@
 //! What runs inside the emulated host. One executable, so that all of it shares one: a boot costs more than most tests.
 
 mod boot;
+mod dpdk;
 mod fifo;
 mod host_irqs;
 mod irq;

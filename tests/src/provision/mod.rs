@@ -180,6 +180,27 @@ impl Provision {
         Ok(launcher)
     }
 
+    /// DPDK's testpmd, as a launcher that any process can start by this path, with its drivers of virtual devices.
+    pub fn testpmd(&self) -> Result<PathBuf, Error> {
+        let dir = self.workspace.cache().join("dpdk");
+        self.fetch(&dir, |archive| {
+            archive.unpack("DPDK", Selection::WithDependencies(&["dpdk-dev"]), SUITE, &dir)
+        })?;
+        let dpdk = Unpacked::new(dir);
+        let launcher = self.workspace.launchers().join("dpdk-testpmd");
+        // By their bare names the loader looks for them in the folder's own libraries. (By a path DPDK would refuse them
+        // wherever a folder above them may be written to by everybody, as /tmp.)
+        let drivers = DPDK_DRIVERS.map(|driver| format!("-d librte_{driver}.so.23"));
+        dpdk.write_launcher(
+            &launcher,
+            &dpdk.loader(),
+            &dpdk.find(&["usr/bin/dpdk-testpmd"])?,
+            "",
+            &drivers.join(" "),
+        )?;
+        Ok(launcher)
+    }
+
     /// Alioth, a VMM by others that our backend is paired with. It is built from its sources, which takes a minute or two.
     pub fn alioth(&self) -> Result<PathBuf, Error> {
         Ok(alioth::install(&self.workspace)?)
@@ -287,6 +308,9 @@ fn relocate_headers(headers: &Path) -> Result<(), Error> {
         .and_then(|()| fs::write(&makefile, format!("include {}\n", here.display())));
     write.map_err(|e| Error::Write(makefile, e))
 }
+
+/// DPDK's drivers of what is no hardware: frontend, backend, TAP, and the pools of frames.
+const DPDK_DRIVERS: [&str; 4] = ["mempool_ring", "net_tap", "net_vhost", "net_virtio"];
 
 /// Dynamically linked programs of the tools, and the places releases keep them in.
 pub const TOOLS: [(&str, &[&str]); 4] = [

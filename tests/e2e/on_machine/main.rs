@@ -1,0 +1,4 @@
+//! Pairings that need no emulated host: they run on this machine itself, as root for their network namespaces.
+
+mod dpdk;
+mod qemu;
