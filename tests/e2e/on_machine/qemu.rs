@@ -1,16 +1,12 @@
 //! Stock QEMU, all its guest's life: it emulates the vCPUs itself, so that this runs anywhere. (Under KVM, in the emulated
 //! host, it is in e2e/qemu.rs.)
 
-use std::thread::sleep;
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
-use ivcpu_lab::in_host::flow::{move_both_ways, survive_killed_backends, wait_for_more};
+use ivcpu_lab::in_host::flow::{move_both_ways, survive_killed_backends, survive_pauses, wait_for_more};
 use ivcpu_lab::in_host::{Host, Setup, Testbed, Vmm};
 use ivcpu_lab::result::Mode;
 use ivcpu_lab::traffic::{Traffic, Workload};
 use ivcpu_lab::trial::on_this_machine;
-use serde_json::json;
 
 const QUEUE_PAIRS: u16 = 2;
 /// So many that hashing puts them all on one queue pair in one run of some ten thousand.
@@ -23,7 +19,7 @@ fn a_guest_is_stopped_unplugged_reset_and_replaced_and_its_backend_killed() -> R
             Setup { vmm: Vmm::QemuTcg, mode: Mode::Stock, queue_pairs: QUEUE_PAIRS, ..Setup::default() };
         let mut testbed = Testbed::start(host, &setup)?;
         both_queue_pairs_carry(&mut testbed)?;
-        a_pause_costs_no_connection(&mut testbed).context("stopped and continued")?;
+        survive_pauses(&mut testbed).context("stopped and continued")?;
         survive_killed_backends(&mut testbed, host).context("the backend killed")?;
         testbed.unplug_nic()?;
         testbed.plug_nic()?;
@@ -43,22 +39,6 @@ fn both_queue_pairs_carry(testbed: &mut Testbed) -> Result<()> {
     let stats = testbed.backend.as_ref().context("the backend")?.stats()?;
     ensure!(stats.queues.len() == 4 && stats.queues.iter().all(|queue| queue.packets > 0), "{stats:?}");
     ensure!(stats.total(|queue| queue.dropped) == 0, "{stats:?}");
-    Ok(())
-}
-
-fn a_pause_costs_no_connection(testbed: &mut Testbed) -> Result<()> {
-    let traffic = Traffic::new(Workload::TcpIn);
-    let wire_end = testbed.wire.listen(traffic)?;
-    testbed.vm.start_traffic(traffic)?;
-    for _ in 0..2 {
-        wait_for_more(testbed, &wire_end)?;
-        testbed.vm.qemu()?.execute("stop", json!({}))?;
-        sleep(Duration::from_millis(500));
-        testbed.vm.qemu()?.execute("cont", json!({}))?;
-    }
-    wait_for_more(testbed, &wire_end)?;
-    let guest_end = testbed.vm.stop_traffic()?;
-    ensure!(guest_end.connections == 1 && guest_end.failure.is_none(), "{guest_end:?}");
     Ok(())
 }
 

@@ -4,6 +4,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure};
+use serde_json::json;
 
 use super::{Host, Testbed};
 use crate::traffic::{End, Traffic, Workload};
@@ -63,6 +64,23 @@ pub fn survive_killed_backends(testbed: &mut Testbed, host: &Host) -> anyhow::Re
     wait_for_more(testbed, &wire_end)?;
     let (status, uptime) = testbed.vm.run("cat /proc/uptime")?;
     ensure!(status == 0 && !uptime.is_empty());
+    let guest_end = testbed.vm.stop_traffic()?;
+    ensure!(guest_end.connections == 1 && guest_end.failure.is_none(), "{guest_end:?}");
+    Ok(())
+}
+
+/// Has QEMU stop the guest twice in the midst of a stream into it and continue: the same connection must carry on.
+pub fn survive_pauses(testbed: &mut Testbed) -> anyhow::Result<()> {
+    let traffic = Traffic::new(Workload::TcpIn);
+    let wire_end = testbed.wire.listen(traffic)?;
+    testbed.vm.start_traffic(traffic)?;
+    for _ in 0..2 {
+        wait_for_more(testbed, &wire_end)?;
+        testbed.vm.qemu()?.execute("stop", json!({}))?;
+        sleep(Duration::from_millis(500));
+        testbed.vm.qemu()?.execute("cont", json!({}))?;
+    }
+    wait_for_more(testbed, &wire_end)?;
     let guest_end = testbed.vm.stop_traffic()?;
     ensure!(guest_end.connections == 1 && guest_end.failure.is_none(), "{guest_end:?}");
     Ok(())

@@ -223,8 +223,8 @@ impl VmConfig {
         // Behind a port it can be unplugged; the q35's own bus has no hotplug.
         let port = match self.vmm {
             Vmm::QemuTcg => {
-                option("-device", "pcie-root-port,id=port,chassis=1".into());
-                ",bus=port,id=nic"
+                option("-device", "pcie-root-port,id=slot,chassis=1".into());
+                ",bus=slot,id=nic"
             }
             _ => "",
         };
@@ -246,7 +246,7 @@ impl VmConfig {
             (
                 "device_add",
                 json!({ "driver": "virtio-net-pci", "netdev": "net", "mac": MAC, "romfile": "", "mq": queues > 1,
-                        "vectors": 2 * queues + 2, "bus": "port", "id": "nic" }),
+                        "vectors": 2 * queues + 2, "bus": "slot", "id": "nic" }),
             ),
         ])
     }

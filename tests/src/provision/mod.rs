@@ -99,6 +99,15 @@ pub struct KernelFiles {
     pub headers: PathBuf,
 }
 
+/// An unpacked libvirt.
+#[derive(Clone, Debug)]
+pub struct Libvirt {
+    /// `virsh`, as a launcher; with `qemu:///embed` it is the daemon, too.
+    pub virsh: PathBuf,
+    /// The folder that would be installed as `/usr/share`.
+    pub data: PathBuf,
+}
+
 /// Provides what the lab needs, fetching what the cache lacks.
 pub struct Provision {
     workspace: Workspace,
@@ -247,6 +256,21 @@ impl Provision {
         let launcher = self.workspace.launchers().join("xmllint");
         xmllint.write_launcher(&launcher, &xmllint.loader(), &xmllint.find(&["usr/bin/xmllint"])?, "", "")?;
         Ok((launcher, Unpacked::new(schemas).find(&["usr/share/libvirt/schemas/domain.rng"])?))
+    }
+
+    /// libvirt with its QEMU driver.
+    pub fn libvirt(&self) -> Result<Libvirt, Error> {
+        let dir = self.workspace.cache().join("libvirt-qemu");
+        self.fetch(&dir, |archive| {
+            let packages = ["libvirt-clients", "libvirt-daemon", "libvirt-daemon-driver-qemu"];
+            archive.unpack("libvirt", Selection::WithDependencies(&packages), SUITE, &dir)
+        })?;
+        let libvirt = Unpacked::new(dir);
+        let virsh = self.workspace.launchers().join("virsh");
+        let drivers = libvirt.find(&["usr/lib/x86_64-linux-gnu/libvirt/connection-driver"])?;
+        let environment = format!("export LIBVIRT_DRIVER_DIR='{}'\n", drivers.display());
+        libvirt.write_launcher(&virsh, &libvirt.loader(), &libvirt.find(&["usr/bin/virsh"])?, &environment, "")?;
+        Ok(Libvirt { virsh, data: libvirt.find(&["usr/share"])? })
     }
 
     /// Has `unpack` make `dir` out of the archive's packages if nobody has yet. The archive is given back at once:
