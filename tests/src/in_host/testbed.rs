@@ -231,8 +231,8 @@ impl Testbed {
         qemu.execute("device_del", json!({ "id": "nic" }))?;
         // The guest is asked for it; there is one event for the device and one for what is in it.
         while qemu.wait_for("DEVICE_DELETED")?["device"] != "nic" {}
+        // Its chardev goes with it.
         qemu.execute("netdev_del", json!({ "id": "net" }))?;
-        qemu.execute("chardev-remove", json!({ "id": "backend" }))?;
         Ok(())
     }
 

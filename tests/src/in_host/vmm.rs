@@ -223,8 +223,8 @@ impl VmConfig {
         // Behind a port it can be unplugged; the q35's own bus has no hotplug.
         let port = match self.vmm {
             Vmm::QemuTcg => {
-                option("-device", "pcie-root-port,id=slot,chassis=1".into());
-                ",bus=slot,id=nic"
+                option("-device", "pcie-root-port,id=rp0,chassis=1".into());
+                ",bus=rp0,id=nic"
             }
             _ => "",
         };
@@ -246,7 +246,7 @@ impl VmConfig {
             (
                 "device_add",
                 json!({ "driver": "virtio-net-pci", "netdev": "net", "mac": MAC, "romfile": "", "mq": queues > 1,
-                        "vectors": 2 * queues + 2, "bus": "slot", "id": "nic" }),
+                        "vectors": 2 * queues + 2, "bus": "rp0", "id": "nic" }),
             ),
         ])
     }
