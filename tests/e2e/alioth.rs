@@ -6,7 +6,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use ivcpu_lab::in_host::flow::{move_both_ways, wait_for_more};
+use ivcpu_lab::in_host::flow::{exchange, move_both_ways, wait_for_more};
 use ivcpu_lab::in_host::measure::queue_interrupts;
 use ivcpu_lab::in_host::{Cable, Host, Setup, TAP, Testbed, Vmm, Wire};
 use ivcpu_lab::process::Process;
@@ -50,7 +50,10 @@ fn alioth_backend(host: &Host, socket: &Path) -> Result<Process> {
     })?;
     let start = Instant::now();
     while !socket.exists() {
-        ensure!(backend.try_wait()?.is_none() && start.elapsed() < Duration::from_secs(15), "see backend.log");
+        ensure!(
+            backend.try_wait()?.is_none() && start.elapsed() < Duration::from_secs(15),
+            "see backend.log"
+        );
         sleep(Duration::from_millis(10));
     }
     Ok(backend)
@@ -64,7 +67,7 @@ fn our_vmm_moves_checked_bytes_through_alioths_backend_and_outlives_it() -> Resu
         let wire = Wire::set_up(Cable::Tap(1))?;
         let mut backend = alioth_backend(host, &socket)?;
         let mut testbed = Testbed::with_foreign_backend(host, &Setup::default(), socket.clone(), wire)?;
-        move_both_ways(&mut testbed, 1, 2)?;
+        exchange(&mut testbed, 1)?;
 
         let traffic = Traffic::new(Workload::TcpIn);
         let wire_end = testbed.wire.listen(traffic)?;

@@ -7,7 +7,8 @@ use ivcpu_lab::result::Mode;
 use ivcpu_lab::trial::in_emulated_host;
 
 #[test]
-fn two_queue_pairs_move_checked_bytes_and_neither_a_killed_backend_nor_a_pause_costs_a_connection() -> Result<()> {
+fn two_queue_pairs_move_checked_bytes_and_neither_a_killed_backend_nor_a_pause_costs_a_connection()
+-> Result<()> {
     in_emulated_host(|host| {
         let setup = Setup { vmm: Vmm::Qemu, mode: Mode::Stock, queue_pairs: 2, ..Setup::default() };
         let mut testbed = Testbed::start(host, &setup)?;

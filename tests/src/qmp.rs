@@ -53,8 +53,7 @@ impl Qmp {
             }
         };
         stream.set_read_timeout(Some(DEADLINE)).map_err(socket)?;
-        let mut qmp =
-            Self { path: path.into(), reader: BufReader::new(stream), events: VecDeque::new() };
+        let mut qmp = Self { path: path.into(), reader: BufReader::new(stream), events: VecDeque::new() };
         qmp.line()?;
         qmp.execute("qmp_capabilities", json!({}))?;
         Ok(qmp)

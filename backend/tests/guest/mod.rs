@@ -153,7 +153,13 @@ impl Guest {
             kicks: 0,
             call: EventFd::new(EFD_NONBLOCK).unwrap(),
         };
-        Guest { memory, frontend: None, queues: (0..2 * pairs).map(queue).collect(), features, forgets_base: false }
+        Guest {
+            memory,
+            frontend: None,
+            queues: (0..2 * pairs).map(queue).collect(),
+            features,
+            forgets_base: false,
+        }
     }
 
     pub(crate) fn region(&self) -> &GuestRegionMmap {

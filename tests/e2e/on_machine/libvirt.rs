@@ -33,7 +33,8 @@ fn domain(host: &Host, backend: &Backend) -> Result<String> {
     let mut xml = fs::read_to_string(Workspace::locate()?.root().join("docs/libvirt-domain.xml"))?;
     let disk = host.scratch().join("guest.img");
     File::create(&disk)?.set_len(1 << 20)?;
-    let devices = format!("<devices>\n<emulator>{}</emulator>", host.launcher("qemu-system-x86_64").display());
+    let devices =
+        format!("<devices>\n<emulator>{}</emulator>", host.launcher("qemu-system-x86_64").display());
     for (from, to) in [
         ("<domain type='kvm'>", "<domain type='qemu'>"),
         ("<cpu mode='host-passthrough'/>", "<cpu mode='maximum'/>"),
@@ -99,7 +100,9 @@ fn libvirt_checks_and_runs_the_domain_of_the_page() -> Result<()> {
         ensure!(!refused.status.success(), "a model that libvirt does not know is accepted");
 
         fs::write(&file, &xml)?;
-        let commands = format!("define --validate {path}; start ivcpu-example; domstate ivcpu-example; destroy ivcpu-example");
+        let commands = format!(
+            "define --validate {path}; start ivcpu-example; domstate ivcpu-example; destroy ivcpu-example"
+        );
         let output = virsh(&libvirt, host, &commands)?;
         let said = String::from_utf8_lossy(&output.stdout);
         let errors = String::from_utf8_lossy(&output.stderr);

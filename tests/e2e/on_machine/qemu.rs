@@ -2,7 +2,7 @@
 //! host, it is in e2e/qemu.rs.)
 
 use anyhow::{Context, Result, ensure};
-use ivcpu_lab::in_host::flow::{move_both_ways, survive_killed_backends, survive_pauses, wait_for_more};
+use ivcpu_lab::in_host::flow::{exchange, survive_killed_backends, survive_pauses, wait_for_more};
 use ivcpu_lab::in_host::{Host, Setup, Testbed, Vmm};
 use ivcpu_lab::result::Mode;
 use ivcpu_lab::traffic::{Traffic, Workload};
@@ -23,19 +23,19 @@ fn a_guest_is_stopped_unplugged_reset_and_replaced_and_its_backend_killed() -> R
         survive_killed_backends(&mut testbed, host).context("the backend killed")?;
         testbed.unplug_nic()?;
         testbed.plug_nic()?;
-        move_both_ways(&mut testbed, QUEUE_PAIRS, 1).context("unplugged and plugged again")?;
+        exchange(&mut testbed, QUEUE_PAIRS).context("unplugged and plugged again")?;
         testbed.vm.reset()?;
         testbed.vm.bring_up_network(QUEUE_PAIRS)?;
-        move_both_ways(&mut testbed, QUEUE_PAIRS, 1).context("reset")?;
+        exchange(&mut testbed, QUEUE_PAIRS).context("reset")?;
         let mut testbed = is_killed_amid_traffic(testbed, host)?;
-        move_both_ways(&mut testbed, QUEUE_PAIRS, 1).context("replaced")?;
+        exchange(&mut testbed, QUEUE_PAIRS).context("replaced")?;
         ensure!(testbed.vm.power_off()?.success());
         Ok(())
     })
 }
 
 fn both_queue_pairs_carry(testbed: &mut Testbed) -> Result<()> {
-    move_both_ways(testbed, CONNECTIONS, 2)?;
+    exchange(testbed, CONNECTIONS)?;
     let stats = testbed.backend.as_ref().context("the backend")?.stats()?;
     ensure!(stats.queues.len() == 4 && stats.queues.iter().all(|queue| queue.packets > 0), "{stats:?}");
     ensure!(stats.total(|queue| queue.dropped) == 0, "{stats:?}");

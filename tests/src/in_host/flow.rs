@@ -32,6 +32,29 @@ pub fn move_both_ways(testbed: &mut Testbed, connections: u16, seconds: u64) -> 
     Ok(())
 }
 
+/// The same, each until a megabyte has arrived, however long that takes; for backends and VMMs whose speed is not ours.
+pub fn exchange(testbed: &mut Testbed, connections: u16) -> anyhow::Result<()> {
+    for workload in [Workload::TcpOut, Workload::TcpIn] {
+        let traffic = Traffic { connections, ..Traffic::new(workload) };
+        let wire_end = testbed.wire.listen(traffic)?;
+        testbed.vm.start_traffic(traffic)?;
+        let start = Instant::now();
+        loop {
+            sleep(Duration::from_millis(300));
+            let ends = [testbed.vm.traffic_counts()?, wire_end.counts()];
+            ensure!(ends.iter().all(|end| end.failure.is_none()), "{workload:?}: {ends:?}");
+            let verified: u64 = ends.iter().map(|end| end.bytes_verified).sum();
+            if verified > ENOUGH && ends.iter().all(|end| end.connections == u64::from(connections)) {
+                break;
+            }
+            ensure!(start.elapsed() < RESUME, "{workload:?}: only {ends:?} in {RESUME:?}");
+        }
+        let ends = [testbed.vm.stop_traffic()?, wire_end.stop()];
+        ensure!(ends.iter().all(|end| end.failure.is_none()), "{workload:?}: {ends:?}");
+    }
+    Ok(())
+}
+
 /// Waits until the guest has received a further megabyte of a running [`Workload::TcpIn`].
 pub fn wait_for_more(testbed: &mut Testbed, wire_end: &End) -> anyhow::Result<()> {
     let before = testbed.vm.traffic_counts()?.bytes_verified;

@@ -82,8 +82,10 @@ impl Namespace {
 
     /// Runs a program in it to its end and gives its standard output.
     pub(super) fn output(&self, argv: &[&str]) -> anyhow::Result<String> {
-        let words: Vec<_> =
-            Self::enter_words(&self.name).into_iter().chain(argv.iter().map(|word| word.to_string())).collect();
+        let words: Vec<_> = Self::enter_words(&self.name)
+            .into_iter()
+            .chain(argv.iter().map(|word| word.to_string()))
+            .collect();
         run(&words[0], &words[1..])
     }
 }

@@ -203,7 +203,12 @@ impl Testbed {
     }
 
     /// Boots the guest of `setup` with a backend of somebody else's, which listens at `socket` and whose far end is `wire`.
-    pub fn with_foreign_backend(host: &Host, setup: &Setup, socket: PathBuf, wire: Wire) -> anyhow::Result<Self> {
+    pub fn with_foreign_backend(
+        host: &Host,
+        setup: &Setup,
+        socket: PathBuf,
+        wire: Wire,
+    ) -> anyhow::Result<Self> {
         let config = setup.vm_config(host, Net::VhostUser(socket), None)?;
         let vm = boot(host, setup, &config)?;
         Ok(Self { vm, backend: None, function: None, wire, second_wire: None, config, setup: setup.clone() })
@@ -244,8 +249,11 @@ impl Testbed {
             qemu.execute(command, arguments)?;
         }
         let path = format!("/sys/class/net/{}", Link::First.interface());
-        run(&mut self.vm, &format!("for i in $(seq 100); do [ -e {path} ] && exit 0; sleep 0.1; done; exit 1"))
-            .context("the guest has not found its new NIC")?;
+        run(
+            &mut self.vm,
+            &format!("for i in $(seq 100); do [ -e {path} ] && exit 0; sleep 0.1; done; exit 1"),
+        )
+        .context("the guest has not found its new NIC")?;
         self.vm.bring_up_network(self.config.queue_pairs)
     }
 

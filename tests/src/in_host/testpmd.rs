@@ -71,8 +71,7 @@ impl Testpmd {
         let mut words = config.enter.clone();
         words.push(host.launcher("dpdk-testpmd").display().to_string());
         // Its command line, and the loop that moves frames.
-        let [commands, forwards] =
-            if host.is_emulated() { [pcpu::wire(), pcpu::BACKEND] } else { [0, 1] };
+        let [commands, forwards] = if host.is_emulated() { [pcpu::wire(), pcpu::BACKEND] } else { [0, 1] };
         words.extend(["--lcores".into(), format!("0@{commands},1@{forwards}")]);
         words.extend("--no-huge -m 64 --no-pci --no-shconf --no-telemetry".split(' ').map(String::from));
         words.extend(config.devices.iter().flat_map(|device| ["--vdev".into(), device.clone()]));

@@ -242,7 +242,10 @@ impl VmConfig {
         let queues = self.queue_pairs;
         Ok([
             ("chardev-add", json!({ "id": "backend", "backend": { "type": "socket", "data": data } })),
-            ("netdev_add", json!({ "type": "vhost-user", "id": "net", "chardev": "backend", "queues": queues })),
+            (
+                "netdev_add",
+                json!({ "type": "vhost-user", "id": "net", "chardev": "backend", "queues": queues }),
+            ),
             (
                 "device_add",
                 json!({ "driver": "virtio-net-pci", "netdev": "net", "mac": MAC, "romfile": "", "mq": queues > 1,

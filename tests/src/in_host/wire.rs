@@ -58,7 +58,8 @@ impl Wire {
     /// Frames that passed the interface so far, both ways.
     pub fn frames(&self) -> anyhow::Result<u64> {
         let text = self.namespace.within(|| std::fs::read_to_string("/proc/thread-self/net/dev"));
-        parse_frames(&text.context("reading the wire's counters")?).with_context(|| format!("the wire has no {TAP}"))
+        parse_frames(&text.context("reading the wire's counters")?)
+            .with_context(|| format!("the wire has no {TAP}"))
     }
 
     /// The words in front of a command that make it run in the first NIC's namespace.

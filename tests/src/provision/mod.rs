@@ -269,7 +269,13 @@ impl Provision {
         let virsh = self.workspace.launchers().join("virsh");
         let drivers = libvirt.find(&["usr/lib/x86_64-linux-gnu/libvirt/connection-driver"])?;
         let environment = format!("export LIBVIRT_DRIVER_DIR='{}'\n", drivers.display());
-        libvirt.write_launcher(&virsh, &libvirt.loader(), &libvirt.find(&["usr/bin/virsh"])?, &environment, "")?;
+        libvirt.write_launcher(
+            &virsh,
+            &libvirt.loader(),
+            &libvirt.find(&["usr/bin/virsh"])?,
+            &environment,
+            "",
+        )?;
         Ok(Libvirt { virsh, data: libvirt.find(&["usr/share"])? })
     }
 
