@@ -225,11 +225,30 @@ impl Ring {
     /// Starts or stops the ring.
     pub fn set_started(&mut self, started: bool) {
         self.untake();
+        let begins = started && !self.queue.ready();
         self.queue.set_ready(started);
         self.start += Wrapping(u32::from(started));
         self.broken = false;
         self.kicks_wanted = true;
         self.check();
+        if begins {
+            self.begin_at_used_index();
+        }
+    }
+
+    /// Chains are given back in the order they were made available, so a ring begins where its used index says. The
+    /// frontend's base is the same, but for one that had no backend left to ask for it and says 0, as DPDK's virtio-user in
+    /// server mode does. (DPDK's own backend corrects it in the same way: `lib/vhost/vhost_user.c`,
+    /// `translate_ring_addresses`.)
+    fn begin_at_used_index(&mut self) {
+        let Some(Parts { used, .. }) = &self.parts else { return };
+        let Some(index) = used.load(INDEX, Ordering::Acquire) else { return };
+        let base = self.queue.next_avail();
+        if index != base {
+            tracing::info!("{}: the frontend starts it at index {base}, the ring is at {index}", self.name);
+            self.queue.set_next_avail(index);
+        }
+        self.set_next_used(index);
     }
 
     /// Enables or disables the ring. A started ring from the guest is consumed even when it is disabled.

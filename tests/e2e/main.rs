@@ -3,6 +3,7 @@
 mod boot;
 mod confine;
 mod disk;
+mod dpdk;
 mod fifo;
 mod host_irqs;
 mod irq;

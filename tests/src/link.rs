@@ -1,5 +1,6 @@
 //! The guest's NICs and their cables: each has a network of its own.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
@@ -27,12 +28,15 @@ impl Link {
         }
     }
 
-    /// The network namespace of the far end.
-    pub fn namespace(self) -> &'static str {
-        match self {
-            Self::First => "ivcpu-wire",
-            Self::Second => "ivcpu-wire-2",
-        }
+    /// The network namespace of the far end. Two checkouts may use theirs at once, and one takes over only what a killed
+    /// run of its own has left: the name carries the checkout's mark.
+    pub fn namespace(self) -> String {
+        format!("ivcpu-wire-{}-{:08x}", self as u8, checkout())
+    }
+
+    /// The network namespace of a guest that is not a machine but DPDK with this host's own TCP behind it.
+    pub fn guest_namespace(self) -> String {
+        format!("ivcpu-guest-{}-{:08x}", self as u8, checkout())
     }
 
     /// The wire's address.
@@ -44,4 +48,11 @@ impl Link {
     pub const fn guest(self) -> Ipv4Addr {
         Ipv4Addr::new(10, 77, self as u8, 2)
     }
+}
+
+/// A mark of the checkout this was built in, the same in every process of it.
+fn checkout() -> u32 {
+    let mut hasher = DefaultHasher::new();
+    env!("CARGO_MANIFEST_DIR").hash(&mut hasher);
+    hasher.finish() as u32
 }

@@ -1,5 +1,6 @@
 //! The few words of QEMU's machine protocol (QMP) the lab needs.
 
+use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,8 @@ pub enum Error {
 pub struct Qmp {
     path: PathBuf,
     reader: BufReader<UnixStream>,
+    /// Events that came before an answer, in their order.
+    events: VecDeque<Value>,
 }
 
 #[derive(Deserialize)]
@@ -50,21 +53,53 @@ impl Qmp {
             }
         };
         stream.set_read_timeout(Some(DEADLINE)).map_err(socket)?;
-        let mut qmp = Self { path: path.into(), reader: BufReader::new(stream) };
+        let mut qmp = Self { path: path.into(), reader: BufReader::new(stream), events: VecDeque::new() };
         qmp.line()?;
-        qmp.execute("qmp_capabilities")?;
+        qmp.execute("qmp_capabilities", json!({}))?;
         Ok(qmp)
     }
 
     /// Lets a machine that was started stopped run.
     pub fn start_machine(&mut self) -> Result<(), Error> {
-        self.execute("cont").map(drop)
+        self.execute("cont", json!({})).map(drop)
+    }
+
+    /// Carries a command out; what it returns.
+    pub fn execute(&mut self, command: &'static str, arguments: Value) -> Result<Value, Error> {
+        let request = format!("{}\n", json!({ "execute": command, "arguments": arguments }));
+        let path = self.path.clone();
+        self.reader.get_mut().write_all(request.as_bytes()).map_err(|e| Error::Socket(path, e))?;
+        loop {
+            let mut answer = self.message(command)?;
+            if let Some(value) = answer.get_mut("return") {
+                return Ok(value.take());
+            }
+            if let Some(error) = answer.get("error") {
+                return Err(Error::Answer(command, error.to_string()));
+            }
+            self.events.push_back(answer);
+        }
+    }
+
+    /// Waits for the next event of this name; its data. Others that came before it are forgotten.
+    pub fn wait_for(&mut self, event: &'static str) -> Result<Value, Error> {
+        let start = Instant::now();
+        while start.elapsed() < DEADLINE {
+            let mut next = match self.events.pop_front() {
+                Some(next) => next,
+                None => self.message(event)?,
+            };
+            if next["event"] == event {
+                return Ok(next["data"].take());
+            }
+        }
+        Err(Error::Answer(event, format!("it did not come within {DEADLINE:?}")))
     }
 
     /// The thread ids of the machine's vCPUs, in the order of their numbers.
     pub fn vcpu_threads(&mut self) -> Result<Vec<i32>, Error> {
         const COMMAND: &str = "query-cpus-fast";
-        let answer = self.execute(COMMAND)?;
+        let answer = self.execute(COMMAND, json!({}))?;
         let mut cpus: Vec<Cpu> =
             serde_json::from_value(answer).map_err(|e| Error::Answer(COMMAND, e.to_string()))?;
         cpus.sort_by_key(|cpu| cpu.index);
@@ -73,8 +108,7 @@ impl Qmp {
 
     /// Why the machine shut down, as far as QEMU has said by the time it closes the connection.
     pub fn shutdown_reason(&mut self) -> Option<String> {
-        while let Ok(line) = self.line() {
-            let event: Value = serde_json::from_str(&line).ok()?;
+        while let Some(event) = self.events.pop_front().or_else(|| self.message("SHUTDOWN").ok()) {
             if event["event"] == "SHUTDOWN" {
                 return Some(event["data"]["reason"].as_str()?.into());
             }
@@ -82,21 +116,9 @@ impl Qmp {
         None
     }
 
-    fn execute(&mut self, command: &'static str) -> Result<Value, Error> {
-        let request = format!("{}\n", json!({ "execute": command }));
-        let path = self.path.clone();
-        self.reader.get_mut().write_all(request.as_bytes()).map_err(|e| Error::Socket(path, e))?;
-        loop {
-            let line = self.line()?;
-            let mut answer: Value =
-                serde_json::from_str(&line).map_err(|e| Error::Answer(command, e.to_string()))?;
-            if let Some(value) = answer.get_mut("return") {
-                return Ok(value.take());
-            }
-            if let Some(error) = answer.get("error") {
-                return Err(Error::Answer(command, error.to_string()));
-            }
-        }
+    fn message(&mut self, what: &'static str) -> Result<Value, Error> {
+        let line = self.line()?;
+        serde_json::from_str(&line).map_err(|e| Error::Answer(what, e.to_string()))
     }
 
     fn line(&mut self) -> Result<String, Error> {

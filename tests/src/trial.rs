@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, bail};
 
 use crate::emulated_host::{EmulatedHost, Error, Input, Options};
-use crate::image::prepare_guest;
+use crate::image::{self, prepare_guest};
 use crate::in_host::Host;
 use crate::provision::{Kernel, Provision};
 use crate::workspace::Workspace;
@@ -50,12 +50,32 @@ pub fn boot(guest_kernels: &[Kernel]) -> anyhow::Result<EmulatedHost> {
 
 /// Builds and provisions the same, and gives `body` this machine. No emulated host of this checkout runs meanwhile.
 pub fn on_this_machine<T>(body: impl FnOnce(&mut Host) -> anyhow::Result<T>) -> anyhow::Result<T> {
+    let prepare = |workspace: &Workspace, provision: &Provision| {
+        provision.qemu()?;
+        prepare_guest(workspace, provision, Kernel::V6_12)
+    };
+    prepared(prepare, body)
+}
+
+/// The same for a `body` whose only guests are DPDK's.
+pub fn with_testpmd<T>(body: impl FnOnce(&mut Host) -> anyhow::Result<T>) -> anyhow::Result<T> {
+    let prepare = |_: &Workspace, provision: &Provision| {
+        provision.tools()?;
+        provision.testpmd()?;
+        Ok(())
+    };
+    prepared(prepare, body)
+}
+
+fn prepared<T>(
+    prepare: impl FnOnce(&Workspace, &Provision) -> Result<(), image::Error>,
+    body: impl FnOnce(&mut Host) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
     let workspace = Workspace::locate()?;
     let provision = Provision::new(&workspace);
     let _lock = crate::emulated_host::lock(&workspace)?;
     workspace.build()?;
-    provision.qemu()?;
-    prepare_guest(&workspace, &provision, Kernel::V6_12)?;
+    prepare(&workspace, &provision)?;
     body(&mut Host::for_emulated_guests()?)
 }
 

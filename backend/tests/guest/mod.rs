@@ -153,6 +153,8 @@ pub(crate) struct Guest {
     pub(crate) frontend: Option<Frontend>,
     pub(crate) queues: Vec<Queue>,
     pub(crate) features: u64,
+    /// A ring that is set up again starts at index 0 and not at its used index, as DPDK's virtio-user says it.
+    pub(crate) forgets_base: bool,
 }
 
 impl Guest {
@@ -175,7 +177,13 @@ impl Guest {
             kicks: 0,
             call: EventFd::new(EFD_NONBLOCK).unwrap(),
         };
-        Guest { memory, frontend: None, queues: (0..2 * pairs).map(queue).collect(), features }
+        Guest {
+            memory,
+            frontend: None,
+            queues: (0..2 * pairs).map(queue).collect(),
+            features,
+            forgets_base: false,
+        }
     }
 
     pub(crate) fn region(&self) -> &GuestRegionMmap {
@@ -256,14 +264,14 @@ impl Guest {
         self.frontend = None;
     }
 
-    /// The messages that start one ring, resuming it at the used index.
+    /// The messages that start one ring, resuming it at the used index if it is not forgotten.
     pub(crate) fn start_queue(&self, frontend: &Frontend, index: usize) -> Result<(), vhost::Error> {
         let queue = &self.queues[index];
         let host =
             |offset: u64| self.memory.get_host_address(GuestAddress(queue.table + offset)).unwrap() as u64;
         let used: u16 = self.memory.load(GuestAddress(queue.table + USED + 2), Ordering::Acquire).unwrap();
         frontend.set_vring_num(index, SIZE)?;
-        frontend.set_vring_base(index, used)?;
+        frontend.set_vring_base(index, if self.forgets_base { 0 } else { used })?;
         frontend.set_vring_addr(
             index,
             &VringConfigData {

@@ -1,6 +1,8 @@
 //! A running `ivcpu-backend`.
 
+use std::fs;
 use std::io::Read;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
@@ -8,11 +10,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::Signal;
 use serde::Deserialize;
 
 use super::{FifoRegion, Host, Wire};
 use crate::process::Process;
+
+/// Longest until a socket is there.
+const DEADLINE: Duration = Duration::from_secs(15);
 
 /// How a backend is started.
 #[derive(Clone, Debug)]
@@ -89,7 +95,37 @@ impl Backend {
     /// Starts it, in the wire's namespace if it serves a TAP there, and waits until it listens.
     pub fn start(host: &Host, config: &BackendConfig) -> anyhow::Result<Self> {
         let socket = host.scratch().join("backend.sock");
+        let listen = ["--socket-path".into(), socket.display().to_string()];
+        Self::spawn(host, config, listen, socket)
+    }
+
+    /// Starts one that is connected to a frontend which listens at `frontend`, as soon as that does.
+    pub fn connect(host: &Host, config: &BackendConfig, frontend: &Path) -> anyhow::Result<Self> {
+        let start = Instant::now();
+        let connection = loop {
+            match UnixStream::connect(frontend) {
+                Ok(connection) => break connection,
+                Err(e) if start.elapsed() > DEADLINE => {
+                    return Err(e).with_context(|| format!("connecting to {}", frontend.display()));
+                }
+                Err(_) => thread::sleep(Duration::from_millis(10)),
+            }
+        };
+        // Until the backend has it, and no longer: another child that held it, too, would keep the connection open.
+        fcntl(&connection, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        let inherit = ["--fd".into(), connection.as_raw_fd().to_string()];
+        Self::spawn(host, config, inherit, frontend.into())
+    }
+
+    fn spawn(
+        host: &Host,
+        config: &BackendConfig,
+        connection: [String; 2],
+        socket: PathBuf,
+    ) -> anyhow::Result<Self> {
         let stats = host.scratch().join("backend-stats.sock");
+        // One that was killed leaves its own.
+        let _ = fs::remove_file(&stats);
         let log = host.log("backend.log")?;
         let affinity: Vec<_> = config.pcpus.iter().map(usize::to_string).collect();
         // Only a TAP has a wire to it.
@@ -98,7 +134,7 @@ impl Backend {
             words.extend(Wire::enter_words());
         }
         words.extend([host.binary("ivcpu-backend").display().to_string()]);
-        words.extend(["--socket-path".into(), socket.display().to_string()]);
+        words.extend(connection);
         words.extend(["--uplink".into(), config.uplink.clone()]);
         words.extend(["--queue-pairs".into(), config.queue_pairs.to_string()]);
         words.extend(["--poll-us".into(), config.poll.clone()]);
@@ -113,7 +149,8 @@ impl Backend {
         let mut process = Process::spawn("ivcpu-backend", &words[0], |command| {
             command.args(&words[1..]).stdin(Stdio::null()).stderr(log);
         })?;
-        wait_for_socket(&mut process, &socket).context("see backend.log")?;
+        // It is there after that for frontends.
+        wait_for_socket(&mut process, &stats).context("see backend.log")?;
         Ok(Self { process, socket, stats })
     }
 
@@ -169,7 +206,7 @@ fn wait_for_socket(process: &mut Process, socket: &Path) -> anyhow::Result<()> {
         if let Some(status) = process.try_wait()? {
             bail!("the backend ended at once: {status}");
         }
-        if start.elapsed() > Duration::from_secs(15) {
+        if start.elapsed() > DEADLINE {
             bail!("the backend does not listen on {}", socket.display());
         }
         thread::sleep(Duration::from_millis(10));

@@ -4,6 +4,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure};
+use serde_json::json;
 
 use super::{Host, Testbed};
 use crate::traffic::{End, Traffic, Workload};
@@ -27,6 +28,29 @@ pub fn move_both_ways(testbed: &mut Testbed, connections: u16, seconds: u64) -> 
         ensure!(wire_end.connections == u64::from(connections), "{workload:?}: {wire_end:?}");
         let verified = wire_end.bytes_verified + guest_end.bytes_verified;
         ensure!(verified > ENOUGH, "{workload:?}: only {verified} bytes");
+    }
+    Ok(())
+}
+
+/// The same, each until a megabyte has arrived, however long that takes; for backends and VMMs whose speed is not ours.
+pub fn exchange(testbed: &mut Testbed, connections: u16) -> anyhow::Result<()> {
+    for workload in [Workload::TcpOut, Workload::TcpIn] {
+        let traffic = Traffic { connections, ..Traffic::new(workload) };
+        let wire_end = testbed.wire.listen(traffic)?;
+        testbed.vm.start_traffic(traffic)?;
+        let start = Instant::now();
+        loop {
+            sleep(Duration::from_millis(300));
+            let ends = [testbed.vm.traffic_counts()?, wire_end.counts()];
+            ensure!(ends.iter().all(|end| end.failure.is_none()), "{workload:?}: {ends:?}");
+            let verified: u64 = ends.iter().map(|end| end.bytes_verified).sum();
+            if verified > ENOUGH && ends.iter().all(|end| end.connections == u64::from(connections)) {
+                break;
+            }
+            ensure!(start.elapsed() < RESUME, "{workload:?}: only {ends:?} in {RESUME:?}");
+        }
+        let ends = [testbed.vm.stop_traffic()?, wire_end.stop()];
+        ensure!(ends.iter().all(|end| end.failure.is_none()), "{workload:?}: {ends:?}");
     }
     Ok(())
 }
@@ -63,6 +87,23 @@ pub fn survive_killed_backends(testbed: &mut Testbed, host: &Host) -> anyhow::Re
     wait_for_more(testbed, &wire_end)?;
     let (status, uptime) = testbed.vm.run("cat /proc/uptime")?;
     ensure!(status == 0 && !uptime.is_empty());
+    let guest_end = testbed.vm.stop_traffic()?;
+    ensure!(guest_end.connections == 1 && guest_end.failure.is_none(), "{guest_end:?}");
+    Ok(())
+}
+
+/// Has QEMU stop the guest twice in the midst of a stream into it and continue: the same connection must carry on.
+pub fn survive_pauses(testbed: &mut Testbed) -> anyhow::Result<()> {
+    let traffic = Traffic::new(Workload::TcpIn);
+    let wire_end = testbed.wire.listen(traffic)?;
+    testbed.vm.start_traffic(traffic)?;
+    for _ in 0..2 {
+        wait_for_more(testbed, &wire_end)?;
+        testbed.vm.qemu()?.execute("stop", json!({}))?;
+        sleep(Duration::from_millis(500));
+        testbed.vm.qemu()?.execute("cont", json!({}))?;
+    }
+    wait_for_more(testbed, &wire_end)?;
     let guest_end = testbed.vm.stop_traffic()?;
     ensure!(guest_end.connections == 1 && guest_end.failure.is_none(), "{guest_end:?}");
     Ok(())

@@ -1,7 +1,10 @@
 //! A testbed: wire, backend and guest, brought up as a setup says.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, ensure};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use super::fifo_guest::{load_module, poll_interface, run};
 use super::{
@@ -108,6 +111,27 @@ impl Setup {
         (self.mode == Mode::Fifo).then_some(FifoRegion { path, carrier: self.carrier })
     }
 
+    fn vm_config(&self, host: &Host, net: Net, function: Option<String>) -> anyhow::Result<VmConfig> {
+        let (mut kernel, image) = host.guest_files(self.kernel)?;
+        if self.vmm == Vmm::Alioth {
+            kernel = host.bz_image(self.kernel)?;
+        }
+        Ok(VmConfig {
+            vmm: self.vmm,
+            kernel,
+            image,
+            kernel_words: String::new(),
+            application_vcpus: pcpu::APPLICATION.len(),
+            layout: self.layout,
+            ivcpu: self.mode.has_ivcpu(),
+            fifo: self.fifo(host),
+            pv_eoi: self.pv_eoi,
+            net,
+            function,
+            queue_pairs: self.queue_pairs,
+        })
+    }
+
     fn backend_config(&self, host: &Host) -> anyhow::Result<BackendConfig> {
         let fifo = self.fifo(host).map(|region| {
             let more = self.fifo_option.as_deref().or(host.is_emulated().then_some(PATIENCE));
@@ -118,11 +142,12 @@ impl Setup {
             uplink: format!("tap:{TAP}"),
             queue_pairs: self.queue_pairs,
             poll: self.poll_us.clone().context("ivcpu-backend needs a --poll-us")?,
-            // In the paper's layout no pCPU is left for it alone.
-            pcpus: vec![match self.layout {
-                Layout::Pinned => pcpu::BACKEND,
-                Layout::Paper => pcpu::wire(),
-            }],
+            // In the paper's layout no pCPU is left for it alone; beside an emulated guest there is no plan at all.
+            pcpus: match (self.vmm, self.layout) {
+                (Vmm::QemuTcg, _) => vec![],
+                (_, Layout::Pinned) => vec![pcpu::BACKEND],
+                (_, Layout::Paper) => vec![pcpu::wire()],
+            },
             control_queue: self.vmm != Vmm::Alioth,
             fifo,
         })
@@ -165,35 +190,31 @@ impl Testbed {
             result::Backend::VhostNet | result::Backend::Vfio => None,
             result::Backend::Ivcpu => Some(Backend::start(host, &setup.backend_config(host)?)?),
         };
-        let fifo = setup.fifo(host);
-        if let (Some(region), Vmm::Qemu) = (&fifo, setup.vmm) {
+        if let (Some(region), Vmm::Qemu) = (&setup.fifo(host), setup.vmm) {
             // Our own VMM makes the region itself.
             Backend::create_region(host, region)?;
         }
-        let (mut kernel, image) = host.guest_files(setup.kernel)?;
-        if setup.vmm == Vmm::Alioth {
-            kernel = host.bz_image(setup.kernel)?;
-        }
-        let config = VmConfig {
-            vmm: setup.vmm,
-            kernel,
-            image,
-            kernel_words: String::new(),
-            application_vcpus: pcpu::APPLICATION.len(),
-            layout: setup.layout,
-            ivcpu: setup.mode.has_ivcpu(),
-            fifo,
-            pv_eoi: setup.pv_eoi,
-            net: match (setup.backend, &backend) {
-                (_, Some(backend)) => Net::VhostUser(backend.socket().into()),
-                (result::Backend::Vfio, None) => Net::Absent,
-                (_, None) => Net::VhostNet,
-            },
-            function: function.as_ref().map(|function| function.address().into()),
-            queue_pairs: setup.queue_pairs,
+        let net = match (setup.backend, &backend) {
+            (_, Some(backend)) => Net::VhostUser(backend.socket().into()),
+            (result::Backend::Vfio, None) => Net::Absent,
+            (_, None) => Net::VhostNet,
         };
+        let function_address = function.as_ref().map(|function| function.address().into());
+        let config = setup.vm_config(host, net, function_address)?;
         let vm = boot(host, setup, &config)?;
         Ok(Self { vm, backend, function, wire, second_wire, config, setup: setup.clone() })
+    }
+
+    /// Boots the guest of `setup` with a backend of somebody else's, which listens at `socket` and whose far end is `wire`.
+    pub fn with_foreign_backend(
+        host: &Host,
+        setup: &Setup,
+        socket: PathBuf,
+        wire: Wire,
+    ) -> anyhow::Result<Self> {
+        let config = setup.vm_config(host, Net::VhostUser(socket), None)?;
+        let vm = boot(host, setup, &config)?;
+        Ok(Self { vm, backend: None, function: None, wire, second_wire: None, config, setup: setup.clone() })
     }
 
     /// The guest's number of the IVCPU, if there is one.
@@ -210,6 +231,33 @@ impl Testbed {
     pub fn restart_backend(&mut self, host: &Host) -> anyhow::Result<()> {
         self.backend = Some(Backend::start(host, &self.setup.backend_config(host)?)?);
         Ok(())
+    }
+
+    /// Has QEMU take the guest's NIC away, with all that QEMU has for it.
+    pub fn unplug_nic(&mut self) -> anyhow::Result<()> {
+        let qemu = self.vm.qemu()?;
+        qemu.execute("device_del", json!({ "id": "nic" }))?;
+        // The guest is asked for it; there is one event for the device and one for what is in it.
+        while qemu.wait_for("DEVICE_DELETED")?["device"] != "nic" {}
+        // Its chardev goes with it.
+        qemu.execute("netdev_del", json!({ "id": "net" }))?;
+        Ok(())
+    }
+
+    /// Gives it a new one, and brings that up.
+    pub fn plug_nic(&mut self) -> anyhow::Result<()> {
+        let plug = self.config.qemu_plug()?;
+        let qemu = self.vm.qemu()?;
+        for (command, arguments) in plug {
+            qemu.execute(command, arguments)?;
+        }
+        let path = format!("/sys/class/net/{}", Link::First.interface());
+        run(
+            &mut self.vm,
+            &format!("for i in $(seq 100); do [ -e {path} ] && exit 0; sleep 0.1; done; exit 1"),
+        )
+        .context("the guest has not found its new NIC")?;
+        self.vm.bring_up_network(self.config.queue_pairs)
     }
 
     /// Kills the VMM as a crash would, and boots the same guest anew.

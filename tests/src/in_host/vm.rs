@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use nix::pty::openpty;
 use nix::sys::signal::Signal;
+use serde_json::json;
 
 use super::{Host, Net, VmConfig, Vmm, Wire};
 use crate::emulated_host::last_lines;
@@ -141,6 +142,21 @@ impl Vm {
             Answer::Hello { cpus, .. } => bail!("the guest has {cpus} CPUs, not {vcpus}"),
             other => bail!("the guest said {other:?} instead of hello"),
         }
+    }
+
+    /// QEMU's machine protocol.
+    pub fn qemu(&mut self) -> anyhow::Result<&mut Qmp> {
+        self.qemu.as_mut().context("this guest is not QEMU's")
+    }
+
+    /// Has QEMU reset the machine, as its button does, and waits until the guest is up again.
+    pub fn reset(&mut self) -> anyhow::Result<()> {
+        let vcpus = self.vcpu_threads.len();
+        let qemu = self.qemu()?;
+        // It was started to end at a reset, which is how a guest that panics is noticed.
+        qemu.execute("set-action", json!({ "reboot": "reset" }))?;
+        qemu.execute("system_reset", json!({}))?;
+        self.wait_for_hello(vcpus)
     }
 
     /// The VMM's process id.

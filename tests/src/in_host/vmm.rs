@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{bail, ensure};
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use super::wire::TAP;
 use crate::pcpu;
@@ -219,9 +220,38 @@ impl VmConfig {
                 format!("tap,id=net,ifname={TAP},script=no,downscript=no,vhost=on,queues={queues}"),
             ),
         }
+        // Behind a port it can be unplugged; the q35's own bus has no hotplug.
+        let port = match self.vmm {
+            Vmm::QemuTcg => {
+                option("-device", "pcie-root-port,id=rp0,chassis=1".into());
+                ",bus=rp0,id=nic"
+            }
+            _ => "",
+        };
         let queues = if queues > 1 { format!(",mq=on,vectors={}", 2 * queues + 2) } else { String::new() };
-        option("-device", format!("virtio-net-pci,netdev=net,mac={MAC},romfile={queues}"));
+        option("-device", format!("virtio-net-pci,netdev=net,mac={MAC},romfile={queues}{port}"));
         words
+    }
+
+    /// What QEMU is told, after the start, to give a guest with a vhost-user backend its NIC again: commands and their
+    /// arguments.
+    pub(super) fn qemu_plug(&self) -> anyhow::Result<[(&'static str, Value); 3]> {
+        let Net::VhostUser(socket) = &self.net else { bail!("only a vhost-user NIC is unplugged here") };
+        let address = json!({ "type": "unix", "data": { "path": socket } });
+        let data = json!({ "addr": address, "server": false, "reconnect-ms": RECONNECT_MS });
+        let queues = self.queue_pairs;
+        Ok([
+            ("chardev-add", json!({ "id": "backend", "backend": { "type": "socket", "data": data } })),
+            (
+                "netdev_add",
+                json!({ "type": "vhost-user", "id": "net", "chardev": "backend", "queues": queues }),
+            ),
+            (
+                "device_add",
+                json!({ "driver": "virtio-net-pci", "netdev": "net", "mac": MAC, "romfile": "", "mq": queues > 1,
+                        "vectors": 2 * queues + 2, "bus": "rp0", "id": "nic" }),
+            ),
+        ])
     }
 
     /// Alioth's command line.

@@ -1,23 +1,15 @@
 //! The far end of the guest's cable: a network namespace with a TAP in it, or with the NIC at the other end of the
-//! emulated host's cable. Processes that attach to the TAP are started in the namespace, so nothing of it is ever seen
-//! on the machine's own network.
+//! emulated host's cable. Processes that attach to the TAP are started in the namespace.
 
 use std::ffi::OsStr;
-use std::fs::File;
-use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::sync::mpsc::channel;
-use std::thread;
 
-use anyhow::{Context, bail};
-use nix::sched::{CloneFlags, setns};
+use anyhow::Context;
 
-use crate::link::{Link, PREFIX};
-use crate::pcpu;
+use super::namespace::Namespace;
+use crate::link::Link;
 use crate::traffic::{End, PORT, Traffic};
-use crate::workspace::Workspace;
 
 /// The interface's name in the namespace, TAP or NIC.
 pub const TAP: &str = "ivcpu0";
@@ -35,6 +27,7 @@ pub enum Cable {
 pub struct Wire {
     link: Link,
     cable: Cable,
+    namespace: Namespace,
 }
 
 impl Wire {
@@ -43,36 +36,15 @@ impl Wire {
         Self::set_up_for(Link::First, cable)
     }
 
-    /// Makes them for a NIC of the guest, after removing what a killed run may have left. A TAP with more than one queue
-    /// pair is a multi-queue one.
+    /// Makes them for a NIC of the guest, after removing what a killed run may have left.
     pub fn set_up_for(link: Link, cable: Cable) -> anyhow::Result<Self> {
-        let namespace = link.namespace();
-        let _ = ip(&["netns", "delete", namespace]);
-        ip(&["netns", "add", namespace])?;
-        let wire = Self { link, cable };
+        let namespace = Namespace::create(link.namespace())?;
         match cable {
-            Cable::Tap(queue_pairs) => {
-                let mut add = vec!["-n", namespace, "tuntap", "add", "dev", TAP, "mode", "tap", "vnet_hdr"];
-                if queue_pairs > 1 {
-                    add.push("multi_queue");
-                }
-                ip(&add)?;
-            }
-            Cable::Nic => {
-                let nic = far_end()?;
-                ip(&["link", "set", "dev", &nic, "netns", namespace])?;
-                if nic != TAP {
-                    ip(&["-n", namespace, "link", "set", "dev", &nic, "name", TAP])?;
-                }
-            }
+            Cable::Tap(queue_pairs) => namespace.add_tap(TAP, queue_pairs)?,
+            Cable::Nic => namespace.take(&far_end()?, TAP)?,
         }
-        let address = format!("{}/{PREFIX}", link.wire());
-        // No router solicitations among the counted packets.
-        ip(&["-n", namespace, "link", "set", "dev", TAP, "addrgenmode", "none"])?;
-        ip(&["-n", namespace, "address", "add", &address, "dev", TAP])?;
-        ip(&["-n", namespace, "link", "set", "dev", "lo", "up"])?;
-        ip(&["-n", namespace, "link", "set", "dev", TAP, "up"])?;
-        Ok(wire)
+        namespace.bring_up(TAP, link.wire())?;
+        Ok(Self { link, cable, namespace })
     }
 
     /// Queue pairs of the TAP; 1 if it is none.
@@ -85,62 +57,26 @@ impl Wire {
 
     /// Frames that passed the interface so far, both ways.
     pub fn frames(&self) -> anyhow::Result<u64> {
-        // A thread that enters the namespace sees its interfaces; the others do not.
-        let link = self.link;
-        let text = thread::spawn(move || -> io::Result<String> {
-            enter(link)?;
-            std::fs::read_to_string("/proc/thread-self/net/dev")
-        });
-        let text = text.join().map_err(|_| anyhow::anyhow!("the thread in the namespace died"))?;
-        let text = text.context("reading the wire's counters")?;
-        parse_frames(&text).with_context(|| format!("the wire has no {TAP}"))
+        let text = self.namespace.within(|| std::fs::read_to_string("/proc/thread-self/net/dev"));
+        parse_frames(&text.context("reading the wire's counters")?)
+            .with_context(|| format!("the wire has no {TAP}"))
     }
 
     /// The words in front of a command that make it run in the first NIC's namespace.
     pub fn enter_words() -> [String; 3] {
-        enter_words(Link::First)
+        Namespace::enter_words(&Link::First.namespace())
     }
 
-    /// Starts the wire's end of `traffic`, on the wire's pCPU.
+    /// Starts the wire's end of `traffic`, where the calling thread runs: on the wire's pCPU, in a host that has a plan.
     pub fn listen(&self, traffic: Traffic) -> anyhow::Result<End> {
-        // The threads of the traffic inherit namespace and CPU from the one that starts them.
-        let (sender, end) = channel();
-        let link = self.link;
-        thread::spawn(move || {
-            let listen = || -> io::Result<End> {
-                enter(link)?;
-                pcpu::pin(0, &[pcpu::wire()])?;
-                End::listen(traffic, SocketAddr::from((link.wire(), PORT)))
-            };
-            let _ = sender.send(listen());
-        });
-        end.recv().context("the wire's thread died")?.context("listening on the wire")
+        let address = SocketAddr::from((self.link.wire(), PORT));
+        self.namespace.within(move || End::listen(traffic, address)).context("listening on the wire")
     }
 
     /// Runs a program in the namespace to its end and gives its standard output.
     pub fn output(&self, argv: &[&str]) -> anyhow::Result<String> {
-        let words: Vec<_> =
-            enter_words(self.link).into_iter().chain(argv.iter().map(|word| word.to_string())).collect();
-        run(&words[0], &words[1..])
+        self.namespace.output(argv)
     }
-}
-
-impl Drop for Wire {
-    fn drop(&mut self) {
-        if let Err(e) = ip(&["netns", "delete", self.link.namespace()]) {
-            eprintln!("lab: {e:#}");
-        }
-    }
-}
-
-fn enter_words(link: Link) -> [String; 3] {
-    ["nsenter".into(), format!("--net=/run/netns/{}", link.namespace()), "--".into()]
-}
-
-/// Moves the calling thread into the namespace.
-fn enter(link: Link) -> io::Result<()> {
-    setns(File::open(format!("/run/netns/{}", link.namespace()))?, CloneFlags::CLONE_NEWNET)?;
-    Ok(())
 }
 
 /// The interface at the far end of the emulated host's cable: its one virtio NIC.
@@ -161,26 +97,6 @@ fn parse_frames(net_dev: &str) -> Option<u64> {
     let fields: Vec<u64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
     // Received bytes, packets, ..., then sent bytes, packets, ...
     Some(fields.get(1)? + fields.get(9)?)
-}
-
-fn ip(arguments: &[&str]) -> anyhow::Result<()> {
-    // The provisioned one: a bare system has none.
-    run(Workspace::locate()?.launchers().join("ip"), arguments).map(drop)
-}
-
-fn run(program: impl AsRef<Path>, arguments: &[impl AsRef<OsStr>]) -> anyhow::Result<String> {
-    let program = program.as_ref();
-    let output = Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("running {}", program.display()))?;
-    if !output.status.success() {
-        let words: Vec<_> = arguments.iter().map(|word| word.as_ref().to_string_lossy()).collect();
-        let errors = String::from_utf8_lossy(&output.stderr);
-        bail!("{} {}: {}", program.display(), words.join(" "), errors.trim());
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 #[cfg(test)]

@@ -146,6 +146,15 @@ pub struct FileSystemTools {
     pub debugfs: PathBuf,
 }
 
+/// An unpacked libvirt.
+#[derive(Clone, Debug)]
+pub struct Libvirt {
+    /// `virsh`, as a launcher; with `qemu:///embed` it is the daemon, too.
+    pub virsh: PathBuf,
+    /// The folder that would be installed as `/usr/share`.
+    pub data: PathBuf,
+}
+
 /// Provides what the lab needs, fetching what the cache lacks.
 pub struct Provision {
     workspace: Workspace,
@@ -227,6 +236,27 @@ impl Provision {
             &qemu.find(&["usr/bin/qemu-system-x86_64"])?,
             &modules,
             &data.join(" "),
+        )?;
+        Ok(launcher)
+    }
+
+    /// DPDK's testpmd, as a launcher that any process can start by this path, with its drivers of virtual devices.
+    pub fn testpmd(&self) -> Result<PathBuf, Error> {
+        let dir = self.workspace.cache().join("dpdk");
+        self.fetch(&dir, |archive| {
+            archive.unpack("DPDK", Selection::WithDependencies(&["dpdk-dev"]), SUITE, &dir)
+        })?;
+        let dpdk = Unpacked::new(dir);
+        let launcher = self.workspace.launchers().join("dpdk-testpmd");
+        // By their bare names the loader looks for them in the folder's own libraries. (By a path DPDK would refuse them
+        // wherever a folder above them may be written to by everybody, as /tmp.)
+        let drivers = DPDK_DRIVERS.map(|driver| format!("-d librte_{driver}.so.23"));
+        dpdk.write_launcher(
+            &launcher,
+            &dpdk.loader(),
+            &dpdk.find(&["usr/bin/dpdk-testpmd"])?,
+            "",
+            &drivers.join(" "),
         )?;
         Ok(launcher)
     }
@@ -322,6 +352,27 @@ impl Provision {
         })
     }
 
+    /// libvirt with its QEMU driver.
+    pub fn libvirt(&self) -> Result<Libvirt, Error> {
+        let dir = self.workspace.cache().join("libvirt-qemu");
+        self.fetch(&dir, |archive| {
+            let packages = ["libvirt-clients", "libvirt-daemon", "libvirt-daemon-driver-qemu"];
+            archive.unpack("libvirt", Selection::WithDependencies(&packages), SUITE, &dir)
+        })?;
+        let libvirt = Unpacked::new(dir);
+        let virsh = self.workspace.launchers().join("virsh");
+        let drivers = libvirt.find(&["usr/lib/x86_64-linux-gnu/libvirt/connection-driver"])?;
+        let environment = format!("export LIBVIRT_DRIVER_DIR='{}'\n", drivers.display());
+        libvirt.write_launcher(
+            &virsh,
+            &libvirt.loader(),
+            &libvirt.find(&["usr/bin/virsh"])?,
+            &environment,
+            "",
+        )?;
+        Ok(Libvirt { virsh, data: libvirt.find(&["usr/share"])? })
+    }
+
     /// Has `unpack` make `dir` out of the archive's packages if nobody has yet. The archive is given back at once:
     /// whoever held it for longer, waiting for something else, could wait for one who waits for the archive.
     fn fetch(
@@ -381,6 +432,9 @@ fn relocate_headers(headers: &Path) -> Result<(), Error> {
         .and_then(|()| fs::write(&makefile, format!("include {}\n", here.display())));
     write.map_err(|e| Error::Write(makefile, e))
 }
+
+/// DPDK's drivers of what is no hardware: frontend, backend, TAP, and the pools of frames.
+const DPDK_DRIVERS: [&str; 4] = ["mempool_ring", "net_tap", "net_vhost", "net_virtio"];
 
 /// Dynamically linked programs of the tools, and the places releases keep them in.
 pub const TOOLS: [(&str, &[&str]); 4] = [
