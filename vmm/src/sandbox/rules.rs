@@ -131,8 +131,8 @@ const EVERY_THREAD: &[Rule] = &[
     own_process(tgkill, 0), // Takes vCPUs out of the guest; abort.
     any(exit),
     any(exit_group),
-    // Gives the terminal back before the process ends; the second is a newer C library's.
-    one_of(ioctl, 1, &[libc::TCSETS as u64, libc::TCSETS2 as u64]),
+    // Gives the terminal back before the process ends. The C library reads it back; a newer one has a request of its own.
+    one_of(ioctl, 1, &[libc::TCSETS as u64, libc::TCGETS as u64, libc::TCSETS2 as u64, libc::TCGETS2 as u64]),
 ];
 
 /// Starting threads: those start with the filter of this one and then get their own.
