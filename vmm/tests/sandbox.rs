@@ -4,6 +4,7 @@ mod guest;
 
 use std::io::Read;
 use std::os::fd::AsRawFd;
+use std::sync::{Mutex, PoisonError};
 
 use guest::{CHATTER, Vmm, has_kvm, image, wait_until};
 use ivcpu_vmm::sandbox::{self, Role, SandboxOptions, Seccomp, violation};
@@ -13,6 +14,9 @@ use nix::unistd::{ForkResult, Pid, dup2_stderr, fork};
 
 /// What a child under the filter of `role` says and how it ends when it does `work`, which ends it with status 0 otherwise.
 fn confined(role: Role, seccomp: Seccomp, work: fn()) -> (i32, String) {
+    // One at a time: no other thread of this program holds a lock that the child would find locked for ever.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let (mut reader, writer) = std::io::pipe().unwrap();
     // SAFETY: the child is this thread alone. It takes no lock that another one may have held: it uses the allocator, which
     // the C library keeps usable, and the sandbox, which no other thread of this program does.

@@ -104,7 +104,9 @@ fn answer(role: Role, listener: &OwnedFd, said: &mut BTreeSet<(Role, i32)>) {
     let number = request.data.nr;
     if said.insert((role, number)) {
         let name = usize::try_from(number).ok().and_then(Sysno::new).map_or("unknown", |call| call.name());
-        eprintln!(
+        // Nobody can be told if standard error is gone.
+        let _ = writeln!(
+            io::stderr(),
             "ivcpu-vmm: the {role} thread made the system call {name} ({number}), which --seccomp true forbids"
         );
     }
