@@ -30,7 +30,13 @@ const ENOUGH: usize = 25;
 const ACKNOWLEDGED: &str = "record on disk: ";
 
 /// The command line of a guest with two disks and every other device there is, but a NIC.
-fn words(host: &Host, kernel: &Path, writable: &Path, readonly: &Path, console: &Path) -> Result<Vec<String>> {
+fn words(
+    host: &Host,
+    kernel: &Path,
+    writable: &Path,
+    readonly: &Path,
+    console: &Path,
+) -> Result<Vec<String>> {
     let (_, image) = host.guest_files(Kernel::V6_12)?;
     let [first, second] = pcpu::APPLICATION;
     let words = [
@@ -58,7 +64,8 @@ fn of_disks(vm: &mut Vm) -> Result<Vec<Interrupt>> {
 fn taken_by_ivcpu(before: &[Interrupt], after: &[Interrupt]) -> Result<()> {
     ensure!(before.len() == 2 && after.len() == 2, "two disks have a vector each: {after:?}");
     for (before, after) in before.iter().zip(after) {
-        let taken: Vec<_> = after.taken.iter().zip(&before.taken).map(|(after, before)| after - before).collect();
+        let taken: Vec<_> =
+            after.taken.iter().zip(&before.taken).map(|(after, before)| after - before).collect();
         println!("{}: {taken:?}", after.name);
         let ivcpu = taken.get(APPLICATION_VCPUS).copied().unwrap_or(0);
         ensure!(ivcpu > 10 && taken.iter().sum::<u64>() == ivcpu, "{}: {taken:?}", after.name);
@@ -111,12 +118,17 @@ fn disks_of_a_pvh_guest_and_a_vmm_that_is_killed_while_it_writes() -> Result<()>
         image.read_exact_at(&mut written, 0)?;
         ensure!(written[..CONTENT].iter().all(|byte| *byte == 0) && written[CONTENT..] == content);
 
-        let (status, text) = vm.run("blockdev --setrw /dev/vdb; dd if=/dev/zero of=/dev/vdb bs=4k count=1 oflag=direct")?;
-        ensure!(status != 0 && fs::read(&readonly)? == content, "a disk that is only read was written: {text}");
+        let (status, text) =
+            vm.run("blockdev --setrw /dev/vdb; dd if=/dev/zero of=/dev/vdb bs=4k count=1 oflag=direct")?;
+        ensure!(
+            status != 0 && fs::read(&readonly)? == content,
+            "a disk that is only read was written: {text}"
+        );
 
         run(&mut vm, "echo the other console > /dev/hvc0")?;
         ensure!(fs::read_to_string(&console)?.trim_end() == "the other console");
-        let source = run(&mut vm, "cat /sys/class/misc/hw_random/rng_current; head -c 64 /dev/hwrng | wc -c")?;
+        let source =
+            run(&mut vm, "cat /sys/class/misc/hw_random/rng_current; head -c 64 /dev/hwrng | wc -c")?;
         ensure!(source == "virtio_rng.0\n64\n", "{source}");
 
         kernel_log(&mut vm)?;

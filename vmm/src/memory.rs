@@ -151,7 +151,9 @@ pub enum Error {
         total: u64,
     },
     /// Not all of it is to be had.
-    #[error("the host cannot provide all {size} MiB of guest memory now; give the VM less with --memory size= or leave out prefault=on")]
+    #[error(
+        "the host cannot provide all {size} MiB of guest memory now; give the VM less with --memory size= or leave out prefault=on"
+    )]
     Prefault {
         /// Size asked for, MiB.
         size: u64,
@@ -334,7 +336,8 @@ mod tests {
 
     #[test]
     fn too_few_huge_pages_say_how_many_are_needed_and_where() {
-        let error = |mebibytes| Error::TooFewHugePages { needed: 256, free: 6, mebibytes, total: 260 }.to_string();
+        let error =
+            |mebibytes| Error::TooFewHugePages { needed: 256, free: 6, mebibytes, total: 260 }.to_string();
         assert!(error(2).contains("needs 256 huge pages of 2M and 6 are free"), "{}", error(2));
         assert!(error(2).contains("sysctl vm.nr_hugepages=260"), "{}", error(2));
         assert!(error(1024).contains("echo 260 > /sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages"));

@@ -129,7 +129,11 @@ pub(super) mod tests {
                 let (descriptors, available, used) = (start, start + 0x1000, start + 0x2000);
                 Queue { index, size: SIZE, descriptors, available, used, kick: event(), call }
             };
-            Activation { features: 0, queues: (0..queues).map(queue).collect(), config_change: Arc::default() }
+            Activation {
+                features: 0,
+                queues: (0..queues).map(queue).collect(),
+                config_change: Arc::default(),
+            }
         }
 
         /// Makes a chain of these pieces available: address, length, whether the device writes.

@@ -71,7 +71,8 @@ impl Rng {
     /// Opens the source.
     pub fn new(path: PathBuf, memory: GuestMemory) -> Result<Self, Error> {
         // A pipe would block until somebody writes to it.
-        let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(&path);
+        let opened =
+            OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(&path);
         let checked = opened.and_then(|file| {
             let kind = file.metadata()?.file_type();
             fcntl(&file, FcntlArg::F_SETFL(OFlag::empty()))?;
