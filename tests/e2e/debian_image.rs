@@ -1,16 +1,17 @@
 //! A Debian disk image, as it is for everyday use, under ivcpu-vmm: systemd boots it from our disk to a login prompt, apt
-//! installs a package over our network, both devices interrupt the IVCPU, and what is left after the power-off is clean.
+//! installs a package over our network, as docs/standalone.md says; both devices interrupt the IVCPU, and what is left after the power-off is clean.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use ivcpu_lab::emulated_host::{EmulatedHost, Options};
 use ivcpu_lab::image::debian::{self, DebianImage, DiskCopy};
 use ivcpu_lab::in_host::measure::queue_interrupts;
-use ivcpu_lab::in_host::{Backend, BackendConfig, Cable, Host, Login, TAP, Wire};
+use ivcpu_lab::in_host::{Cable, Host, Login, TAP, Wire};
 use ivcpu_lab::link::{Link, PREFIX};
 use ivcpu_lab::pcpu;
 use ivcpu_lab::process::Process;
@@ -23,7 +24,6 @@ use ivcpu_lab::workspace::Workspace;
 const BOOT: Duration = Duration::from_secs(180);
 /// A command in the guest, apt's among them.
 const COMMAND: Duration = Duration::from_secs(90);
-const MAC: &str = "52:54:00:49:56:01";
 /// The package that apt installs, and its one file.
 const PACKAGE: &str = "ivcpu-trial";
 const FILE: &str = "/usr/share/ivcpu-trial/content";
@@ -43,8 +43,8 @@ fn make_repository(scratch: &Path) -> Result<PathBuf> {
         "Package: {PACKAGE}\nVersion: 1\nArchitecture: all\nMaintainer: the lab <root@localhost>\nDescription: a file\n"
     );
     fs::write(tree.join("DEBIAN/control"), control)?;
-    let build =
-        Command::new("dpkg-deb").args(["-Znone", "--root-owner-group", "--build"]).args([&tree, &deb]);
+    let mut build = Command::new("dpkg-deb");
+    build.args(["-Znone", "--root-owner-group", "--build"]).args([&tree, &deb]);
     let output = build.stdin(Stdio::null()).output().context("running dpkg-deb")?;
     ensure!(output.status.success(), "dpkg-deb: {}", String::from_utf8_lossy(&output.stderr));
     let folder = scratch.join("archive");
@@ -85,22 +85,43 @@ fn start_servers(host: &Host, repository: &Path) -> Result<[Process; 2]> {
     ])
 }
 
-fn vmm_words(host: &Host, image: &DebianImage, socket: &Path) -> Vec<String> {
-    let applications: Vec<_> =
-        pcpu::APPLICATION.iter().enumerate().map(|(vcpu, pcpu)| format!("{vcpu}@[{pcpu}]")).collect();
-    let options = [
-        ("--kernel", image.kernel.display().to_string()),
-        ("--initramfs", image.initrd.display().to_string()),
-        ("--cmdline", image.command_line()),
-        ("--disk", "path=/dev/vda".into()),
-        ("--memory", "size=768M,shared=on".into()),
-        ("--cpus", format!("boot={IVCPU},affinity=[{}]", applications.join(","))),
-        ("--ivcpu", format!("affinity=[{}]", pcpu::IVCPU)),
-        ("--net", format!("vhost_user=true,socket={},mac={MAC}", socket.display())),
-        ("--serial", "tty".into()),
-    ];
-    let words = options.into_iter().flat_map(|(name, value)| [name.to_owned(), value]);
-    [host.binary("ivcpu-vmm").display().to_string()].into_iter().chain(words).collect()
+/// The commands of the page's block `name`, and before them what it calls yours, with this host's values.
+fn as_written(host: &Host, image: &DebianImage, name: &str) -> Result<Vec<String>> {
+    let path = Workspace::locate()?.root().join("docs/standalone.md");
+    let page = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    let (_, rest) = page
+        .split_once(&format!("```sh {name}\n"))
+        .with_context(|| format!("the page has no block {name}"))?;
+    let (commands, _) = rest.split_once("```").context("a block without an end")?;
+    let script = format!(
+        "set -e\nPATH='{}':\"$PATH\"\nSOCKET='{}' UPLINK=tap:{TAP}\nKERNEL='{}' INITRD='{}' DISK=/dev/vda\nexec {commands}",
+        host.binary("").display(),
+        socket(host).display(),
+        image.kernel.display(),
+        image.initrd.display()
+    );
+    Ok(["sh".into(), "-euc".into(), script].into())
+}
+
+fn socket(host: &Host) -> PathBuf {
+    host.scratch().join("net.sock")
+}
+
+/// The backend, in the wire's namespace, once it listens.
+fn start_backend(host: &Host, image: &DebianImage) -> Result<Process> {
+    let words = as_written(host, image, "backend")?;
+    let log = host.log("backend.log")?;
+    let [program, enter @ ..] = Wire::enter_words();
+    let mut backend = Process::spawn("ivcpu-backend", program, |command| {
+        command.args(enter).args(words).stdin(Stdio::null()).stderr(log);
+    })?;
+    let begin = Instant::now();
+    while !socket(host).exists() {
+        ensure!(backend.try_wait()?.is_none(), "the backend ended at once, see backend.log");
+        ensure!(begin.elapsed() < Duration::from_secs(15), "the backend does not listen");
+        sleep(Duration::from_millis(20));
+    }
+    Ok(backend)
 }
 
 /// What the guest calls its one virtio device with that driver.
@@ -130,18 +151,10 @@ fn works_day_to_day(host: &Host) -> Result<()> {
     let at = |what: &str| println!("{:5.1} s: {what}", begin.elapsed().as_secs_f64());
     let repository = make_repository(host.scratch())?;
     let _wire = Wire::set_up(Cable::Tap(1))?;
-    let backend = BackendConfig {
-        uplink: format!("tap:{TAP}"),
-        queue_pairs: 1,
-        poll: "50".into(),
-        pcpus: vec![pcpu::BACKEND],
-        control_queue: true,
-        fifo: None,
-    };
-    let backend = Backend::start(host, &backend)?;
-    let _servers = start_servers(host, &repository)?;
     let image = DebianImage::made(&Workspace::locate()?);
-    let mut guest = Login::start(host, &vmm_words(host, &image, backend.socket()))?;
+    let backend = start_backend(host, &image)?;
+    let _servers = start_servers(host, &repository)?;
+    let mut guest = Login::start(host, &as_written(host, &image, "vmm")?)?;
     guest.log_in(BOOT)?;
     at("logged in");
 
