@@ -118,10 +118,10 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             thread::scope(|scope| {
                 let build = scope.spawn(|| workspace.build());
                 provision(&workspace, Kernel::value_variants())?;
-                let peers = Provision::new(&workspace);
-                peers.browser()?;
-                peers.testpmd()?;
-                peers.libvirt()?;
+                let more = Provision::new(&workspace);
+                more.browser()?;
+                more.testpmd()?;
+                more.libvirt()?;
                 build.join().map_err(|_| anyhow!("the thread that builds the programs died"))??;
                 anyhow::Ok(())
             })?;
