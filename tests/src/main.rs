@@ -128,6 +128,8 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
                 let more = Provision::new(&workspace);
                 more.browser()?;
                 debian::prepare(&workspace, &more)?;
+                more.testpmd()?;
+                more.libvirt()?;
                 build.join().map_err(|_| anyhow!("the thread that builds the programs died"))??;
                 anyhow::Ok(())
             })?;

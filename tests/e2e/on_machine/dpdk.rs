@@ -75,12 +75,12 @@ fn every_frame_that_virtio_user_sends_on_two_queue_pairs_arrives() -> Result<()>
         sleep(FLOW);
         testpmd.command("stop")?;
         let sent = testpmd.counts(0)?;
-        ensure!(sent.sent > 10_000, "{sent:?}");
+        ensure!(sent.sent > 1_000, "{sent:?}");
         let stats = settles(&backend, |stats| packets(stats, "from_guest") == sent.sent)?;
         ensure!(bytes(&stats, "from_guest") == sent.bytes_sent, "{sent:?}, {stats:?}");
         ensure!(sent.bytes_sent == 200 * sent.sent && stats.total(|queue| queue.dropped) == 0, "{stats:?}");
         let sending = stats.queues.iter().filter(|queue| queue.direction == "from_guest");
-        ensure!(sending.filter(|queue| queue.packets > 1000).count() == 2, "{stats:?}");
+        ensure!(sending.filter(|queue| queue.packets > 100).count() == 2, "{stats:?}");
         testpmd.quit()
     })
 }
@@ -94,7 +94,7 @@ fn virtio_user_receives_what_is_made_for_it() -> Result<()> {
         sleep(FLOW);
         testpmd.command("stop")?;
         let received = testpmd.counts(0)?;
-        ensure!(received.received > 10_000, "{received:?}");
+        ensure!(received.received > 1_000, "{received:?}");
         ensure!(received.bytes_received == 200 * received.received, "{received:?}");
         // What came after the stop is in the rings, which are full then.
         let full = |stats: &BackendStats| {
@@ -116,7 +116,7 @@ fn frames_go_round_and_round_and_none_is_lost() -> Result<()> {
         sleep(FLOW);
         testpmd.command("stop")?;
         let counts = testpmd.counts(0)?;
-        ensure!(counts.received > 10_000 && counts.bytes_received == 64 * counts.received, "{counts:?}");
+        ensure!(counts.received > 1_000 && counts.bytes_received == 64 * counts.received, "{counts:?}");
         ensure!(counts.sent == counts.received + under_way, "{counts:?}");
         let all_back = |stats: &BackendStats| {
             packets(stats, "from_guest") == counts.sent && packets(stats, "to_guest") == counts.sent
