@@ -8,10 +8,11 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 
 use crate::fifo::{FifoCommand, FifoOptions};
+use crate::version::VERSION;
 
 /// A vhost-user net backend: poll threads move a guest's frames, the guest is interrupted only when its driver asks.
 #[derive(Debug, Parser)]
-#[command(name = "ivcpu-backend", version, max_term_width = 100)]
+#[command(name = "ivcpu-backend", version = VERSION, max_term_width = 100)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 #[command(group = clap::ArgGroup::new("connection").args(["socket_path", "fd", "print_capabilities"]).required(true))]
 pub struct Options {

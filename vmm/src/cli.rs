@@ -12,13 +12,14 @@ use crate::machine::MachineOptions;
 use crate::memory::MemoryOptions;
 use crate::serial::SerialMode;
 use crate::vcpu::CpusOptions;
+use crate::version::VERSION;
 use crate::vfio;
 use crate::vfio::options::DeviceOptions;
 use crate::virtio::net_options::NetOptions;
 
 /// A KVM virtual machine monitor whose guests take every device interrupt on one vCPU of their own, the IVCPU
 #[derive(Debug, Parser)]
-#[command(version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(name = "ivcpu-vmm", version = VERSION, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Cli {
     /// What to do instead of running a VM.
     #[command(subcommand)]
