@@ -132,7 +132,9 @@ fn a_clean_system_installs_uses_and_purges_it() -> Result<()> {
             ensure!(description[key] == capabilities[key], "{key}: {description} but {capabilities}");
         }
 
-        // An instance that was enabled is not, after a purge.
+        // An instance that was set up and enabled is not, after a purge.
+        fs::create_dir(system.path("etc/ivcpu"))?;
+        fs::write(system.path("etc/ivcpu/net0.env"), "IVCPU_BACKEND_OPTIONS=\"--uplink null\"\n")?;
         let wants = system.path("etc/systemd/system/sockets.target.wants");
         fs::create_dir_all(&wants)?;
         let unit = "/usr/lib/systemd/system/ivcpu-backend@.socket";

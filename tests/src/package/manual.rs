@@ -8,7 +8,9 @@ use clap::{Command, CommandFactory};
 use clap_complete::{Shell, generate_to};
 use clap_mangen::Man;
 
-/// Writes `PROGRAM.1` and a page for each of its subcommands into `pages`, and a file a shell into `completions`.
+use super::compressed;
+
+/// Writes `PROGRAM.1.gz` and a page for each of its subcommands into `pages`, and a file a shell into `completions`.
 pub(super) fn write(pages: &Path, completions: &Path) -> io::Result<()> {
     for folder in [pages, completions] {
         fs::create_dir_all(folder)?;
@@ -47,7 +49,7 @@ fn write_page(command: &Command, name: &str, pages: &Path) -> io::Result<()> {
         .source(concat!("ivcpu ", env!("CARGO_PKG_VERSION")))
         .manual("User Commands")
         .render(&mut page)?;
-    fs::write(pages.join(format!("{name}.1")), page)?;
+    fs::write(pages.join(format!("{name}.1.gz")), compressed(&page)?)?;
     for subcommand in command.get_subcommands().filter(|subcommand| !subcommand.is_hide_set()) {
         write_page(subcommand, &format!("{name}-{}", subcommand.get_name()), pages)?;
     }
@@ -56,21 +58,31 @@ fn write_page(command: &Command, name: &str, pages: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+
+    use flate2::read::GzDecoder;
+
     use super::*;
 
     #[test]
     fn every_command_has_a_page_that_names_its_options() {
         let dir = tempfile::tempdir().expect("a temporary folder");
         write(dir.path(), dir.path()).expect("written");
-        let text = |name: &str| fs::read_to_string(dir.path().join(name)).expect(name);
-        assert!(text("ivcpu-vmm.1").contains("\\-\\-kernel"), "{}", text("ivcpu-vmm.1"));
-        assert!(text("ivcpu-backend.1").contains("ivcpu\\-backend\\-fifo(1)"));
-        for page in ["ivcpu-vmm-exits.1", "ivcpu-vmm-doctor.1", "ivcpu-vmm-vfio-bind.1", "ivcpu-backend-fifo-create.1"] {
-            let (text, name) = (text(page), page.trim_end_matches(".1").replace('-', "\\-"));
-            assert!(text.contains(&format!("{name} \\-")), "{text}");
+        let page = |name: &str| {
+            let file = fs::File::open(dir.path().join(format!("{name}.1.gz"))).expect(name);
+            let mut text = String::new();
+            GzDecoder::new(file).read_to_string(&mut text).expect(name);
+            text
+        };
+        assert!(page("ivcpu-vmm").contains("\\-\\-kernel"), "{}", page("ivcpu-vmm"));
+        let names = ["ivcpu-vmm-exits", "ivcpu-vmm-doctor", "ivcpu-vmm-vfio-bind", "ivcpu-backend-fifo-create"];
+        for name in names {
+            let (text, written) = (page(name), name.replace('-', "\\-"));
+            assert!(text.contains(&format!("{written} \\-")), "{text}");
         }
         for file in ["ivcpu-vmm.bash", "_ivcpu-vmm", "ivcpu-vmm.fish"] {
-            assert!(text(file).contains("doctor"), "{file}");
+            let text = fs::read_to_string(dir.path().join(file)).expect(file);
+            assert!(text.contains("doctor"), "{file}");
         }
     }
 }

@@ -95,7 +95,7 @@ pub const ALIOTH: Program =
     Program { name: "alioth", package: "alioth-cli", version: "0.12.0", environment: &[] };
 
 /// cargo-deb, which makes a Debian package of what cargo built.
-pub const CARGO_DEB: Program = Program {
+pub(super) const CARGO_DEB: Program = Program {
     name: "cargo-deb",
     package: "cargo-deb",
     version: "3.8.0",
