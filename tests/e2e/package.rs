@@ -16,11 +16,14 @@ use serde_json::Value;
 /// Where the package is in the systems.
 const PACKAGE: &str = "/tmp/ivcpu.deb";
 /// What installing and removing any package changes.
-const ALWAYS_CHANGED: [&str; 8] = [
+const ALWAYS_CHANGED: [&str; 10] = [
     "etc/ld.so.cache",
     "tmp",
+    "var/cache/debconf",
     "var/cache/ldconfig",
     "var/cache/man",
+    // A key to sign modules with, which DKMS makes for itself.
+    "var/lib/dkms/mok",
     "var/lib/dpkg/lock",
     "var/lib/dpkg/status",
     "var/lib/dpkg/triggers",
@@ -195,7 +198,7 @@ fn its_manual_completions_and_module_are_of_use() -> Result<()> {
     let (kernel, workbench) = (provision.kernel(Kernel::V6_12)?, provision.workbench()?);
     in_system(&workbench, |mounts, system| {
         // The headers stay where they are, because they name themselves by that path.
-        let headers = kernel.headers.parent().context("headers beside nothing")?;
+        let headers = kernel.headers.ancestors().nth(2).context("headers are not in usr/src")?;
         let inside = system.path(&headers.display().to_string());
         fs::create_dir_all(&inside)?;
         mounts.bind(headers, &inside)?;
