@@ -81,8 +81,8 @@ pub(super) fn workbench(cache: &Path) -> Result<PathBuf, Error> {
         install(
             &root,
             &debs,
-            "apt-get -qq -o APT::Sandbox::User=root -o Dpkg::Options::=--force-unsafe-io \
-             --no-install-recommends --no-download install /tmp/debs/*.deb",
+            "apt-get -qq -o APT::Sandbox::User=root -o Dpkg::Options::=--force-unsafe-io -o Dpkg::Use-Pty=0 \
+             --no-install-recommends install /tmp/debs/*.deb",
         )?;
         let _ = fs::remove_dir_all(&debs);
         step.finish();
