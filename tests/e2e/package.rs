@@ -163,7 +163,10 @@ fn lintian_finds_no_error_and_the_dependencies_are_those_that_are_declared() -> 
 
         system.run(&["dpkg", "--unpack", PACKAGE])?;
         fs::create_dir_all(system.path("tmp/source/debian"))?;
-        fs::write(system.path("tmp/source/debian/control"), "Source: ivcpu\n\nPackage: ivcpu\nArchitecture: any\n")?;
+        fs::write(
+            system.path("tmp/source/debian/control"),
+            "Source: ivcpu\n\nPackage: ivcpu\nArchitecture: any\n",
+        )?;
         let needed = system.run(&[
             "sh",
             "-c",

@@ -49,12 +49,8 @@ impl Mounts {
         for folder in [&upper, &work, &root] {
             std::fs::create_dir(folder)?;
         }
-        let options = format!(
-            "lowerdir={},upperdir={},workdir={}",
-            lower.display(),
-            upper.display(),
-            work.display()
-        );
+        let options =
+            format!("lowerdir={},upperdir={},workdir={}", lower.display(), upper.display(), work.display());
         let overlay = Some("overlay");
         mount(overlay, &root, overlay, MsFlags::empty(), Some(options.as_str()))
             .map_err(|e| failed("mount an overlay at", &root, e))?;

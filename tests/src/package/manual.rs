@@ -75,7 +75,8 @@ mod tests {
             text
         };
         assert!(page("ivcpu-vmm").contains("\\-\\-kernel"), "{}", page("ivcpu-vmm"));
-        let names = ["ivcpu-vmm-exits", "ivcpu-vmm-doctor", "ivcpu-vmm-vfio-bind", "ivcpu-backend-fifo-create"];
+        let names =
+            ["ivcpu-vmm-exits", "ivcpu-vmm-doctor", "ivcpu-vmm-vfio-bind", "ivcpu-backend-fifo-create"];
         for name in names {
             let (text, written) = (page(name), name.replace('-', "\\-"));
             assert!(text.contains(&format!("{written} \\-")), "{text}");

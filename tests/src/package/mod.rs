@@ -40,7 +40,9 @@ pub enum Error {
     #[error("cannot read {0}: {1}")]
     Read(PathBuf, #[source] io::Error),
     /// The changelog is about another version.
-    #[error("{0} begins with another version than {VERSION}: say there what is new, and in Cargo.toml which it is")]
+    #[error(
+        "{0} begins with another version than {VERSION}: say there what is new, and in Cargo.toml which it is"
+    )]
     Changelog(PathBuf),
     /// What cargo says of the crates was not understood.
     #[error("cannot read what cargo says of the crates: {0}")]
@@ -94,9 +96,7 @@ fn stage(provision: &Provision, workspace: &Workspace) -> Result<(), Error> {
         .map_err(|e| Error::Write(stage.clone(), e))?;
     let notices = notices(workspace)?.notices(&PROGRAMS);
     let at = stage.join("third-party-notices.gz");
-    notices
-        .and_then(|text| fs::write(&at, compressed(text.as_bytes())?))
-        .map_err(|e| Error::Write(at, e))?;
+    notices.and_then(|text| fs::write(&at, compressed(text.as_bytes())?)).map_err(|e| Error::Write(at, e))?;
     let make = provision.make()?;
     let mut command = Command::new(&make);
     command.arg("-C").arg(workspace.root().join("guest-driver/module"));

@@ -82,9 +82,8 @@ impl Metadata {
         while let Some(id) = next.pop() {
             if seen.insert(id) {
                 let dependencies = nodes.get(id).map(|node| node.deps.as_slice()).unwrap_or_default();
-                let linked = |dependency: &&Dependency| {
-                    dependency.dep_kinds.iter().any(|kind| kind.kind.is_none())
-                };
+                let linked =
+                    |dependency: &&Dependency| dependency.dep_kinds.iter().any(|kind| kind.kind.is_none());
                 next.extend(dependencies.iter().filter(linked).map(|dependency| &dependency.pkg));
             }
         }

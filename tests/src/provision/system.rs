@@ -92,17 +92,14 @@ pub(super) fn workbench(cache: &Path) -> Result<PathBuf, Error> {
 
 /// Has `make` fill a folder if nobody has yet; a half-filled one never looks like a whole one. The system is in the folder's
 /// folder `root`.
-fn once(
-    cache: &Path,
-    name: &str,
-    make: impl FnOnce(&Path) -> Result<(), Error>,
-) -> Result<PathBuf, Error> {
+fn once(cache: &Path, name: &str, make: impl FnOnce(&Path) -> Result<(), Error>) -> Result<PathBuf, Error> {
     let systems = cache.join("systems");
     let at = systems.join(name);
     if !at.exists() {
         fs::create_dir_all(&systems).map_err(|e| Error::File(systems.clone(), e))?;
         let lock = systems.join(format!("{name}.lock"));
-        let _lock = Lock::take(&lock, "somebody else makes this Debian system").map_err(|e| Error::File(lock, e))?;
+        let _lock =
+            Lock::take(&lock, "somebody else makes this Debian system").map_err(|e| Error::File(lock, e))?;
         if !at.exists() {
             let making = partial(&at);
             let _ = fs::remove_dir_all(&making);
