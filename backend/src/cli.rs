@@ -10,10 +10,11 @@ use clap::{Parser, Subcommand};
 use crate::fifo::{FifoCommand, FifoOptions};
 use crate::port::{Connection, LEAST_MTU, MAX_QUEUE_PAIRS, PortOptions};
 use crate::sandbox::{SeccompMode, UserName};
+use crate::version::VERSION;
 
 /// A vhost-user net backend: poll threads move a guest's frames, the guest is interrupted only when its driver asks.
 #[derive(Debug, Parser)]
-#[command(name = "ivcpu-backend", version, max_term_width = 100)]
+#[command(name = "ivcpu-backend", version = VERSION, max_term_width = 100)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 #[command(group = clap::ArgGroup::new("connection").args(["socket_path", "fd", "port", "print_capabilities"]).required(true))]
 pub struct Options {

@@ -29,5 +29,6 @@ pub mod socket;
 pub mod stats;
 pub mod to_guest;
 pub mod uplink;
+pub mod version;
 pub mod vring;
 pub mod worker;

@@ -13,6 +13,7 @@ use ivcpu_lab::in_host::Host;
 use ivcpu_lab::in_host::agent;
 use ivcpu_lab::in_host::measure::measure;
 use ivcpu_lab::in_host::plan::Plan;
+use ivcpu_lab::package::package;
 use ivcpu_lab::provision::{Kernel, Provision};
 use ivcpu_lab::shell;
 use ivcpu_lab::workspace::Workspace;
@@ -39,6 +40,8 @@ enum Command {
     Report(ReportOptions),
     /// Make a Debian disk image of packages, with its kernel and initramfs, and say how ivcpu-vmm boots it
     Image,
+    /// Build the Debian package, and print where it is
+    Package,
     /// A terminal in the emulated host, or one command there with its exit status
     Shell {
         /// The command and its arguments
@@ -108,6 +111,10 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Measure(plan) => {
             println!("{}", serde_json::to_string(&measure(&mut Host::emulated()?, &plan)?)?);
+        }
+        Command::Package => {
+            let workspace = Workspace::locate()?;
+            println!("{}", package(&workspace, &Provision::new(&workspace))?.display());
         }
         Command::Provision { kernels } => {
             let workspace = Workspace::locate()?;

@@ -19,10 +19,13 @@ pub enum Error {
     /// Cargo could not be started.
     #[error("cannot run {0:?}: {1}; is Rust on PATH?")]
     Cargo(PathBuf, #[source] io::Error),
-    /// The release build failed; cargo has said why.
+    /// A build failed; cargo has said why.
     #[error("building {0} failed, see cargo's messages above")]
     Build(String),
 }
+
+/// The profile of what runs in the lab; cargo's alias `lab` names it too.
+const LAB_PROFILE: &str = "lab-release";
 
 /// The cargo that runs the lab; one on PATH if the lab was started without.
 pub fn cargo() -> PathBuf {
@@ -63,8 +66,14 @@ impl Workspace {
         self.target.join("lab")
     }
 
-    /// The folder of the release binaries.
+    /// The folder of the programs that run in the lab: optimized, of a profile that is quicker to build than the one
+    /// that is shipped.
     pub fn release(&self) -> PathBuf {
+        self.target.join(LAB_PROFILE)
+    }
+
+    /// The folder of the programs that are shipped, of cargo's release profile.
+    pub fn shipped(&self) -> PathBuf {
         self.target.join("release")
     }
 
@@ -73,14 +82,22 @@ impl Workspace {
         self.cache().join("bin")
     }
 
-    /// Builds the release binaries that run in the lab. Cargo shows its own progress.
+    /// Builds the programs that run in the lab. Cargo shows its own progress.
     pub fn build(&self) -> Result<(), Error> {
         // Apart, so that each is built from the same features of its dependencies as `cargo lab` itself was.
         for packages in [&["ivcpu-lab"][..], &["ivcpu-backend", "ivcpu-vmm"]] {
             let selection = packages.iter().flat_map(|package| ["--package", package]);
-            self.cargo(["build", "--release", "--bins"].into_iter().chain(selection), &packages.join(", "))?;
+            let build = ["build", "--profile", LAB_PROFILE, "--bins"];
+            self.cargo(build.into_iter().chain(selection), &packages.join(", "))?;
         }
         Ok(())
+    }
+
+    /// Builds the programs as they are shipped, which takes longer.
+    pub fn build_shipped(&self) -> Result<(), Error> {
+        let build = ["build", "--release", "--locked", "--bins"];
+        let packages = ["--package", "ivcpu-backend", "--package", "ivcpu-vmm"];
+        self.cargo(build.into_iter().chain(packages), "ivcpu-backend, ivcpu-vmm")
     }
 
     /// Runs every test, past failures: a run that boots kernels is too long to learn of one failure at a time.

@@ -14,6 +14,7 @@ use crate::memory::MemoryOptions;
 use crate::sandbox::{SandboxOptions, Seccomp};
 use crate::serial::SerialMode;
 use crate::vcpu::CpusOptions;
+use crate::version::VERSION;
 use crate::vfio;
 use crate::vfio::options::DeviceOptions;
 use crate::virtio::block::options::DiskOptions;
@@ -23,7 +24,7 @@ use crate::virtio::rng::RngOptions;
 
 /// A KVM virtual machine monitor whose guests take every device interrupt on one vCPU of their own, the IVCPU
 #[derive(Debug, Parser)]
-#[command(version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(name = "ivcpu-vmm", version = VERSION, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Cli {
     /// What to do instead of running a VM.
     #[command(subcommand)]

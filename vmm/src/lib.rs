@@ -33,5 +33,6 @@ pub mod slot;
 pub mod suboption;
 pub mod terminal;
 pub mod vcpu;
+pub mod version;
 pub mod vfio;
 pub mod virtio;

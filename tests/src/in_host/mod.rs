@@ -26,7 +26,7 @@ use tempfile::TempDir;
 use crate::emulated_host::SHARE;
 use crate::image::guest_image;
 use crate::pcpu;
-use crate::provision::{Kernel, Provision, alioth};
+use crate::provision::{ALIOTH, Kernel, Provision};
 use crate::workspace::Workspace;
 
 pub use backend::{Backend, BackendConfig, BackendStats, QueueStats};
@@ -118,7 +118,7 @@ impl Host {
 
     /// Alioth, where it has been provisioned.
     pub fn alioth(&self) -> anyhow::Result<PathBuf> {
-        let program = alioth::program(&self.workspace);
+        let program = ALIOTH.path(&self.workspace);
         if !program.exists() {
             bail!("there is no {}: `cargo lab provision`, outside, builds it", program.display());
         }

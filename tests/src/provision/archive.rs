@@ -87,12 +87,23 @@ pub(super) struct Archive {
 impl Archive {
     /// Waits until nobody else of this cache has it, and fetches the package lists if they are missing or old.
     pub(super) fn open(cache: &Path) -> Result<Self, Error> {
-        let dir = cache.join("apt");
+        Self::open_suites(cache.join("apt"), &[SUITE, BACKPORTS])
+    }
+
+    /// The same for another release, whose lists are kept apart.
+    pub(super) fn open_release(cache: &Path, release: &str) -> Result<Self, Error> {
+        if release == SUITE {
+            return Self::open(cache);
+        }
+        Self::open_suites(cache.join(format!("apt-{release}")), &[release])
+    }
+
+    fn open_suites(dir: PathBuf, suites: &[&str]) -> Result<Self, Error> {
         fs::create_dir_all(&dir).map_err(|e| Error::Write(dir.clone(), e))?;
         let path = dir.join("lock");
         let lock =
             Lock::take(&path, "packages are being fetched already").map_err(|e| Error::Write(path, e))?;
-        let apt = Apt::configure(&dir, &[SUITE, BACKPORTS])?;
+        let apt = Apt::configure(&dir, suites)?;
         let archive = Self { apt, stamp: dir.join("updated"), fresh: Cell::new(false), _lock: lock };
         if !is_recent(&archive.stamp) {
             archive.refresh()?;
@@ -143,6 +154,7 @@ impl Archive {
         into: &Path,
     ) -> Result<(), Error> {
         let packages = self.resolve(what, selection, suite)?;
+
         // A half-unpacked folder must never look like a whole one.
         let partial = partial(into);
         let (debs, root) = (partial.join("debs"), partial.join("root"));
@@ -189,6 +201,22 @@ impl Archive {
         Ok(())
     }
 
+    /// Downloads what the packages `names` of `suite` depend on, and them, into the folder `into`, but for files that the folder
+    /// `present` has already.
+    pub(super) fn download_all(
+        &self,
+        what: &str,
+        names: &[&str],
+        suite: &str,
+        present: Option<&Path>,
+        into: &Path,
+    ) -> Result<(), Error> {
+        let mut packages = self.resolve(what, Selection::WithDependencies(names), suite)?;
+        packages.retain(|package| !present.is_some_and(|folder| folder.join(&package.file).exists()));
+        fs::create_dir_all(into).map_err(|e| Error::Write(into.into(), e))?;
+        self.download(what, &packages, into)
+    }
+
     fn resolve(&self, what: &str, selection: Selection<'_>, suite: &str) -> Result<Vec<Package>, Error> {
         let (words, names) = match selection {
             Selection::Alone(names) => (&["download"][..], names),
@@ -227,7 +255,7 @@ fn is_recent(stamp: &Path) -> bool {
 }
 
 /// Beside `into`, so that one rename finishes the work. (The kernels' names contain dots: no extension.)
-fn partial(into: &Path) -> PathBuf {
+pub(super) fn partial(into: &Path) -> PathBuf {
     let mut name = OsString::from(into);
     name.push(".partial");
     name.into()

@@ -1,9 +1,10 @@
 //! Brings kernels, QEMU and tools from the distribution's archive into the cache folder, each once.
 
-pub mod alioth;
 mod apt;
 mod archive;
+mod cargo_install;
 mod repository;
+mod system;
 mod unpacked;
 mod vmlinux;
 
@@ -19,6 +20,8 @@ use archive::{Archive, BACKPORTS, SUITE, Selection};
 pub use archive::{Error as ArchiveError, SUITE as DEBIAN_SUITE};
 pub use repository::Repository;
 pub(crate) use repository::sha256;
+pub use cargo_install::ALIOTH;
+use cargo_install::CARGO_DEB;
 pub use unpacked::{Unpacked, listed_libraries};
 
 /// Why something the lab needs could not be provided.
@@ -33,9 +36,12 @@ pub enum Error {
     /// The dynamic loader could not resolve a program's libraries.
     #[error("cannot list the libraries of {0}: {1}")]
     Loader(PathBuf, String),
-    /// cargo did not install Alioth.
+    /// cargo did not install a program.
     #[error(transparent)]
-    Alioth(#[from] alioth::Error),
+    Cargo(#[from] cargo_install::Error),
+    /// A Debian system could not be made.
+    #[error(transparent)]
+    System(#[from] system::Error),
     /// A file could not be written.
     #[error("cannot write {0}: {1}")]
     Write(PathBuf, #[source] io::Error),
@@ -263,7 +269,22 @@ impl Provision {
 
     /// Alioth, a VMM by others that our backend is paired with. It is built from its sources, which takes a minute or two.
     pub fn alioth(&self) -> Result<PathBuf, Error> {
-        Ok(alioth::install(&self.workspace)?)
+        Ok(ALIOTH.install(&self.workspace)?)
+    }
+
+    /// cargo-deb, built from its sources too.
+    pub fn cargo_deb(&self) -> Result<PathBuf, Error> {
+        Ok(CARGO_DEB.install(&self.workspace)?)
+    }
+
+    /// The smallest Debian system, of this machine's release, in a folder. It takes root.
+    pub fn clean_system(&self) -> Result<PathBuf, Error> {
+        Ok(system::clean(&self.workspace.cache())?)
+    }
+
+    /// The same with what builds kernel modules and reads manual pages, and lintian.
+    pub fn workbench(&self) -> Result<PathBuf, Error> {
+        Ok(system::workbench(&self.workspace.cache())?)
     }
 
     /// A browser without a window, as a launcher, with a font.
