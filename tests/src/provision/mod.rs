@@ -18,10 +18,10 @@ use serde::{Deserialize, Serialize};
 use crate::workspace::Workspace;
 use archive::{Archive, BACKPORTS, SUITE, Selection};
 pub use archive::{Error as ArchiveError, SUITE as DEBIAN_SUITE};
-pub use repository::Repository;
-pub(crate) use repository::sha256;
 pub use cargo_install::ALIOTH;
 use cargo_install::CARGO_DEB;
+pub use repository::Repository;
+pub(crate) use repository::sha256;
 pub use unpacked::{Unpacked, listed_libraries};
 
 /// Why something the lab needs could not be provided.

@@ -6,6 +6,8 @@ use serde::Serialize;
 
 use crate::machine::MachineOptions;
 use crate::serial::SerialMode;
+use crate::virtio::block;
+use crate::virtio::console::ConsoleMode;
 
 /// The configuration of a VM.
 #[derive(Debug, Clone, Serialize)]
@@ -15,7 +17,10 @@ pub struct VmConfig {
     payload: Payload,
     net: Vec<Net>,
     devices: Vec<Device>,
-    serial: Serial,
+    disks: Vec<Disk>,
+    rng: Option<Rng>,
+    serial: Output,
+    console: Output,
     #[serde(skip_serializing_if = "Option::is_none")]
     ivcpu: Option<Ivcpu>,
 }
@@ -32,6 +37,9 @@ struct Memory {
     size: u64,
     shared: bool,
     hugepages: bool,
+    /// Bytes.
+    hugepage_size: Option<u64>,
+    prefault: bool,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -56,7 +64,23 @@ struct Device {
 }
 
 #[derive(Debug, Clone, Serialize)]
-struct Serial {
+struct Disk {
+    path: PathBuf,
+    readonly: bool,
+    direct: bool,
+    num_queues: u16,
+    queue_size: u16,
+    serial: Option<String>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+struct Rng {
+    src: PathBuf,
+}
+
+/// Where a console's output goes.
+#[derive(Debug, Clone, Serialize)]
+struct Output {
     mode: &'static str,
     file: Option<PathBuf>,
 }
@@ -77,15 +101,37 @@ impl From<&MachineOptions> for VmConfig {
             queue_size: net.queue_size,
         });
         let devices = options.devices.iter().map(|device| Device { path: device.address.to_string() });
+        let vcpus = options.cpus.boot + u8::from(options.ivcpu.is_some());
+        let disks = options.disks.iter().map(|disk| Disk {
+            path: disk.path.clone(),
+            readonly: disk.readonly,
+            direct: disk.direct,
+            num_queues: disk.queues.unwrap_or_else(|| block::default_queues(vcpus)),
+            queue_size: disk.queue_size,
+            serial: disk.serial.clone(),
+        });
         let (mode, file) = match &options.serial {
             SerialMode::Tty => ("Tty", None),
             SerialMode::Null => ("Null", None),
             SerialMode::Off => ("Off", None),
             SerialMode::File(path) => ("File", Some(path.clone())),
         };
+        let serial = Output { mode, file };
+        let (mode, file) = match &options.console {
+            ConsoleMode::Tty => ("Tty", None),
+            ConsoleMode::Off => ("Off", None),
+            ConsoleMode::File(path) => ("File", Some(path.clone())),
+        };
+        let console = Output { mode, file };
         Self {
             cpus: Cpus { boot_vcpus: options.cpus.boot, max_vcpus: options.cpus.boot },
-            memory: Memory { size: options.memory.size, shared: true, hugepages: options.memory.hugepages },
+            memory: Memory {
+                size: options.memory.size,
+                shared: true,
+                hugepages: options.memory.hugepages.is_some(),
+                hugepage_size: options.memory.hugepages,
+                prefault: options.memory.prefault,
+            },
             payload: Payload {
                 kernel: options.kernel.kernel.clone(),
                 cmdline: options.kernel.command_line.clone(),
@@ -93,7 +139,10 @@ impl From<&MachineOptions> for VmConfig {
             },
             net: net.collect(),
             devices: devices.collect(),
-            serial: Serial { mode, file },
+            disks: disks.collect(),
+            rng: options.rng.source.clone().map(|src| Rng { src }),
+            serial,
+            console,
             ivcpu: options.ivcpu.as_ref().map(|ivcpu| Ivcpu {
                 affinity: ivcpu.affinity.0.iter().copied().collect(),
                 fifo: ivcpu.fifo.as_ref().map(|fifo| fifo.path.clone()),

@@ -65,7 +65,7 @@ impl Block {
         vcpus: u8,
         memory: GuestMemory,
     ) -> Result<(Self, Worker), Error> {
-        let queues = options.queues.unwrap_or(u16::from(vcpus).min(options::MAX_QUEUES));
+        let queues = options.queues.unwrap_or_else(|| default_queues(vcpus));
         let mut bits = vec![
             VIRTIO_BLK_F_SEG_MAX,
             VIRTIO_BLK_F_BLK_SIZE,
@@ -106,6 +106,11 @@ impl Block {
             let _ = self.wake.write(1);
         }
     }
+}
+
+/// Queues of a disk whose options name no number.
+pub fn default_queues(vcpus: u8) -> u16 {
+    u16::from(vcpus).min(options::MAX_QUEUES)
 }
 
 /// `struct virtio_blk_config`.

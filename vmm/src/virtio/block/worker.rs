@@ -25,10 +25,10 @@ use virtio_bindings::virtio_blk::{
 use vm_memory::Bytes;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::sandbox::{self, Role};
 use super::image::Image;
 use super::request::{Buffers, Limits, Operation, Request};
 use crate::memory::GuestMemory;
+use crate::sandbox::{self, Role};
 use crate::virtio::Queue;
 use crate::virtio::ring::Ring;
 
