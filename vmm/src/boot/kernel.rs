@@ -1,5 +1,5 @@
 //! The kernel: a bzImage and its initrd are LOADED, and the zero page tells the kernel where everything is. An ELF file goes
-//! to [`super::pvh`].
+//! to `pvh.rs`.
 //!
 //! The 64-bit boot protocol of `Documentation/arch/x86/boot.rst`: the compressed kernel goes to 1 MiB and is entered
 //! 0x200 beyond; it moves itself to the address it prefers. The initrd goes as high as it may below the hole.

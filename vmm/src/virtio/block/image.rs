@@ -116,7 +116,7 @@ impl Image {
         fcntl(&file, FcntlArg::F_SETFL(OFlag::empty())).map_err(|error| failed(error.into()))?;
         lock(&file, path, readonly)?;
         let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
-        if size == 0 || size % SECTOR != 0 {
+        if size == 0 || !size.is_multiple_of(SECTOR) {
             return Err(Error::Size { path: path.into(), size });
         }
         warn_of_qcow(&mut file, path);

@@ -5,6 +5,7 @@
 //! vectors, one for the configuration and one for all queues: Linux then leaves the latter where it is put. With a
 //! vector for each queue the kernel would manage them itself, and the IVCPU could never have them.
 
+mod flight;
 pub mod image;
 pub mod options;
 pub mod request;

@@ -185,7 +185,7 @@ impl Limits {
     fn place(&self, sector: u64, bytes: u64) -> Result<u64, u8> {
         let end = sector.checked_add(bytes / SECTOR).filter(|end| *end <= self.sectors);
         match end {
-            Some(_) if bytes != 0 && bytes % SECTOR == 0 => Ok(sector * SECTOR),
+            Some(_) if bytes != 0 && bytes.is_multiple_of(SECTOR) => Ok(sector * SECTOR),
             _ => Err(VIRTIO_BLK_S_IOERR as u8),
         }
     }

@@ -1,7 +1,7 @@
 //! A disk's thread: requests become io_uring submissions, their completions used entries and interrupts.
 //!
 //! The thread sleeps in poll(2) on the kicks of all queues, on the io_uring and on word from the device, and in each round looks at
-//! everything. What is in flight is bounded ([`DEPTH`] requests, and no new one while [`IN_FLIGHT`] bytes are), so a
+//! everything. What is in flight is bounded ([`DEPTH`] requests, and no new one while 64 MiB are), so a
 //! guest cannot make the host hold more. A request stays in `flights` until the kernel has completed it: that keeps
 //! alive what its submission points at.
 //!
@@ -10,23 +10,23 @@
 //!
 //! A request that failed halfway is done for the rest, so a short read or write is nothing the driver sees.
 
-use std::fs::File;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
 use std::thread::{self, JoinHandle};
 use std::{io, mem};
 
-use io_uring::{IoUring, opcode, squeue, types};
+use io_uring::IoUring;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
 };
-use vm_memory::Bytes;
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::flight::{Flight, Work};
 use super::image::Image;
-use super::request::{Buffers, Limits, Operation, Request};
+use super::request::{Buffers, Limits, Request};
 use crate::memory::GuestMemory;
 use crate::sandbox::{self, Role};
 use crate::virtio::Queue;
@@ -36,9 +36,6 @@ use crate::virtio::ring::Ring;
 pub const DEPTH: usize = 256;
 /// Bytes in flight from which on no request is taken.
 const IN_FLIGHT: u64 = 64 << 20;
-/// What direct I/O is aligned to, in the file and in memory: the largest block any disk has. Other requests take the page
-/// cache, which the kernel keeps coherent.
-const DIRECT_ALIGNMENT: u64 = 4096;
 /// How long to wait until the kernel, short of something, is asked again.
 const AGAIN_MS: u8 = 1;
 
@@ -53,69 +50,6 @@ pub enum Command {
     Start(Vec<Queue>, u64),
     /// Let go of the queues, and say so by dropping this.
     Stop(SyncSender<()>),
-}
-
-/// A request the kernel has.
-struct Flight {
-    ring: usize,
-    head: u16,
-    status: vm_memory::GuestAddress,
-    /// What the used entry says if all goes well.
-    written: u32,
-    /// What counts against [`IN_FLIGHT`].
-    bytes: u64,
-    work: Work,
-}
-
-enum Work {
-    Read(Transfer),
-    Write(Transfer),
-    Flush,
-    Allocate { offset: u64, bytes: u64, mode: i32 },
-}
-
-/// What is left of a read or write.
-struct Transfer {
-    offset: u64,
-    pieces: Vec<libc::iovec>,
-    /// Pieces that are done.
-    done: usize,
-    left: u64,
-    aligned: bool,
-}
-
-impl Transfer {
-    fn new(offset: u64, buffers: Buffers) -> Self {
-        let Buffers { pieces, bytes } = buffers;
-        let is_aligned = |value: u64| value.is_multiple_of(DIRECT_ALIGNMENT);
-        let aligned = is_aligned(offset)
-            && pieces
-                .iter()
-                .all(|piece| is_aligned(piece.iov_base as u64) && is_aligned(piece.iov_len as u64));
-        Self { offset, pieces, done: 0, left: bytes, aligned }
-    }
-
-    /// Goes on behind the first `bytes`, which are fewer than are left.
-    fn advance(&mut self, bytes: u64) {
-        self.offset += bytes;
-        self.left -= bytes;
-        let mut skip = bytes as usize;
-        while let Some(piece) = self.pieces.get_mut(self.done) {
-            if skip < piece.iov_len {
-                piece.iov_base = piece.iov_base.wrapping_byte_add(skip);
-                piece.iov_len -= skip;
-                break;
-            }
-            skip -= piece.iov_len;
-            self.done += 1;
-        }
-        // Where a short transfer ended is not known to be aligned.
-        self.aligned = false;
-    }
-
-    fn rest(&self) -> &[libc::iovec] {
-        self.pieces.get(self.done..).unwrap_or_default()
-    }
 }
 
 /// A disk's side of the image, before its thread runs.
@@ -301,32 +235,18 @@ impl Service {
             Ok(operation) => operation,
             Err(refusal) => return self.answer(ring, head, status, refusal, 0),
         };
-        let (work, written, bytes) = match operation {
-            Operation::Identify(buffers) => {
+        let (work, bytes) = match Work::of(operation) {
+            Ok(work) => work,
+            Err(buffers) => {
                 let written = self.identify(&buffers);
                 return self.answer(ring, head, status, OK, written);
-            }
-            Operation::Read { offset, buffers } => {
-                let bytes = buffers.bytes;
-                (Work::Read(Transfer::new(offset, buffers)), bytes as u32, bytes)
-            }
-            Operation::Write { offset, buffers } => {
-                let bytes = buffers.bytes;
-                (Work::Write(Transfer::new(offset, buffers)), 0, bytes)
-            }
-            Operation::Flush => (Work::Flush, 0, 0),
-            Operation::Discard { offset, bytes } => (punch(offset, bytes), 0, 0),
-            Operation::WriteZeroes { offset, bytes, unmap: true } => (punch(offset, bytes), 0, 0),
-            Operation::WriteZeroes { offset, bytes, unmap: false } => {
-                let mode = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
-                (Work::Allocate { offset, bytes, mode }, 0, 0)
             }
         };
         let Some(slot) = self.free.pop() else {
             return self.answer(ring, head, status, FAILED, 0);
         };
         self.bytes += bytes;
-        self.push(slot, Flight { ring, head, status, written, bytes, work });
+        self.push(slot, Flight { ring, head, status, work, bytes });
     }
 
     /// Writes the serial number to the guest's buffers; how much of it.
@@ -344,31 +264,7 @@ impl Service {
 
     /// Hands a request to the io_uring, and keeps it in its slot until it is completed.
     fn push(&mut self, slot: usize, flight: Flight) {
-        let image = &self.worker.image;
-        let file = |aligned: bool| match (&image.direct, aligned) {
-            (Some(direct), true) => fd(direct),
-            _ => fd(&image.file),
-        };
-        let entry: squeue::Entry = match &flight.work {
-            Work::Read(transfer) => {
-                let rest = transfer.rest();
-                opcode::Readv::new(file(transfer.aligned), rest.as_ptr(), rest.len() as u32)
-                    .offset(transfer.offset)
-                    .build()
-            }
-            Work::Write(transfer) => {
-                let rest = transfer.rest();
-                opcode::Writev::new(file(transfer.aligned), rest.as_ptr(), rest.len() as u32)
-                    .offset(transfer.offset)
-                    .rw_flags(self.write_flags)
-                    .build()
-            }
-            Work::Flush => opcode::Fsync::new(fd(&image.file)).flags(types::FsyncFlags::DATASYNC).build(),
-            Work::Allocate { offset, bytes, mode } => {
-                opcode::Fallocate::new(fd(&image.file), *bytes).offset(*offset).mode(*mode).build()
-            }
-        };
-        let entry = entry.user_data(slot as u64);
+        let entry = flight.work.entry(&self.worker.image, self.write_flags).user_data(slot as u64);
         if let Some(place) = self.flights.get_mut(slot) {
             *place = Some(flight);
         }
@@ -426,10 +322,11 @@ impl Service {
                 }
             },
         };
-        let Flight { ring, head, status: place, written, bytes, .. } = flight;
+        let Flight { ring, head, status: place, work, bytes } = flight;
+        let written = if matches!((work, status), (Work::Read(_), OK)) { bytes as u32 } else { 0 };
         self.bytes -= bytes;
         self.free.push(slot);
-        self.answer(ring, head, place, status, if status == OK { written } else { 0 });
+        self.answer(ring, head, place, status, written);
     }
 
     /// The status of a request that failed. Said once, because a guest can repeat it.
@@ -441,7 +338,7 @@ impl Service {
     }
 
     /// Writes the status behind `written` bytes of data and gives the chain back.
-    fn answer(&mut self, ring: usize, head: u16, place: vm_memory::GuestAddress, status: u8, written: u32) {
+    fn answer(&mut self, ring: usize, head: u16, place: GuestAddress, status: u8, written: u32) {
         let there = self.worker.memory.write_obj(status, place).is_ok();
         self.give_back(ring, head, written + u32::from(there));
     }
@@ -479,15 +376,6 @@ impl Drop for Service {
     fn drop(&mut self) {
         self.drain();
     }
-}
-
-/// Space given back; it reads as zeroes afterwards.
-fn punch(offset: u64, bytes: u64) -> Work {
-    Work::Allocate { offset, bytes, mode: libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE }
-}
-
-fn fd(file: &File) -> types::Fd {
-    types::Fd(file.as_raw_fd())
 }
 
 #[cfg(test)]

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use virtio_bindings::virtio_blk::*;
-use vm_memory::GuestAddress;
 
 use super::super::Block;
 use super::super::options::DiskOptions;
@@ -288,23 +287,6 @@ fn an_image_that_became_shorter_is_an_error() {
     driver.file.as_file().set_len(512).unwrap();
     assert_eq!(driver.request(VIRTIO_BLK_T_IN, 0, &[7; 1024], true).0, FAILED);
     assert_eq!(driver.request(VIRTIO_BLK_T_IN, 0, &[7; 512], true).0, OK);
-}
-
-#[test]
-fn a_short_transfer_goes_on_where_it_ended() {
-    let mut content = [0u8; 64];
-    let base = content.as_mut_ptr();
-    let piece = |at: usize, length| libc::iovec { iov_base: base.wrapping_add(at).cast(), iov_len: length };
-    let pieces = vec![piece(0, 16), piece(16, 16), piece(32, 32)];
-    let mut transfer = Transfer::new(4096, Buffers { pieces, bytes: 64 });
-    let rest = |transfer: &Transfer| -> Vec<_> {
-        transfer.rest().iter().map(|piece| (piece.iov_base as usize - base as usize, piece.iov_len)).collect()
-    };
-    transfer.advance(10);
-    assert_eq!(rest(&transfer), [(10, 6), (16, 16), (32, 32)]);
-    transfer.advance(22);
-    assert_eq!(rest(&transfer), [(32, 32)]);
-    assert_eq!((transfer.offset, transfer.left), (4128, 32));
 }
 
 proptest! {
