@@ -202,10 +202,11 @@ fn a_vm_with_every_device_several_times_has_their_threads() {
         assert!(stderr(&output).contains("io_uring"), "{}", stderr(&output));
         return eprintln!("SKIPPED: {}", stderr(&output));
     }
-    let names = thread_names(child.id());
+    let wanted = ["disk0", "disk1", "disk2", "disk3"];
+    let names = names_with(child.id(), |names| wanted.iter().all(|name| names.iter().any(|n| n == name)));
     kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
     assert_eq!(wait_within(&mut child, Duration::from_secs(5)), 143);
-    for name in ["disk0", "disk1", "disk2", "disk3"] {
+    for name in wanted {
         assert!(names.iter().any(|there| there == name), "{name} among {names:?}");
     }
 }
@@ -326,8 +327,17 @@ fn thread_ids(pid: u32) -> Vec<(i32, String)> {
         .collect()
 }
 
-fn thread_names(pid: u32) -> Vec<String> {
-    thread_ids(pid).into_iter().map(|(_, name)| name).collect()
+/// The names of its threads, once `complete` or after a while: the first vCPU may run before the last thread is there, or has
+/// given itself its name.
+fn names_with(pid: u32, complete: impl Fn(&[String]) -> bool) -> Vec<String> {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        let names: Vec<_> = thread_ids(pid).into_iter().map(|(_, name)| name).collect();
+        if complete(&names) || Instant::now() >= deadline {
+            return names;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]
@@ -342,13 +352,7 @@ fn an_ivcpu_is_one_vcpu_more() {
     let mut child = vmm().arg("--kernel").arg(kernel.path()).args(["--ivcpu", &affinity]).spawn().unwrap();
     let mut line = [0; 7];
     child.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
-    // The first vCPU may run before the last one's thread is there.
-    let deadline = Instant::now() + Duration::from_secs(5);
-    let mut names = thread_names(child.id());
-    while !names.iter().any(|name| name == "ivcpu") && Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(10));
-        names = thread_names(child.id());
-    }
+    let names = names_with(child.id(), |names| names.iter().any(|name| name == "ivcpu"));
     kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).unwrap();
     wait_within(&mut child, Duration::from_secs(5));
     for name in ["vcpu0", "ivcpu"] {
