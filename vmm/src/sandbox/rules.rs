@@ -15,8 +15,8 @@ pub enum Role {
     Main,
     /// A vCPU, the IVCPU included.
     Vcpu,
-    /// A device's own thread, which serves queues from files.
-    Device,
+    /// A disk's own thread, which serves its queues with an io_uring.
+    Disk,
     /// Looks for a vhost-user backend that was lost.
     Reconnect,
     /// Gives up a vhost-user backend that does not answer.
@@ -30,14 +30,14 @@ pub enum Role {
 impl Role {
     /// All of them.
     pub const ALL: [Self; 7] =
-        [Self::Main, Self::Vcpu, Self::Device, Self::Reconnect, Self::Deadline, Self::Console, Self::Api];
+        [Self::Main, Self::Vcpu, Self::Disk, Self::Reconnect, Self::Deadline, Self::Console, Self::Api];
 
     /// Its name in messages.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Main => "main",
             Self::Vcpu => "vCPU",
-            Self::Device => "device",
+            Self::Disk => "disk",
             Self::Reconnect => "vhost-user reconnect",
             Self::Deadline => "vhost-user deadline",
             Self::Console => "console",
@@ -50,7 +50,7 @@ impl Role {
         let own: &[&[Rule]] = match self {
             Self::Main => &[MAIN, THREADS, CONNECT, VHOST_USER, FILES, MACHINE, TEARDOWN],
             Self::Vcpu => &[VCPU, VHOST_USER, MACHINE],
-            Self::Device => &[DEVICE],
+            Self::Disk => &[DISK],
             Self::Reconnect => &[THREADS, CONNECT, VHOST_USER],
             Self::Deadline => &[DEADLINE],
             Self::Console => &[CONSOLE],
@@ -219,24 +219,8 @@ const VCPU: &[Rule] = &[one_of(
     ],
 )];
 
-/// Reading and writing an image, and waiting for kicks. An io_uring is set up before the filter.
-const DEVICE: &[Rule] = &[
-    any(epoll_wait),
-    any(epoll_pwait),
-    any(epoll_ctl),
-    any(poll),
-    any(ppoll),
-    any(io_uring_enter),
-    any(pread64),
-    any(pwrite64),
-    any(preadv),
-    any(pwritev),
-    any(fsync),
-    any(fdatasync),
-    any(fallocate),                      // Discard and write-zeroes of a file.
-    one_of(ioctl, 1, &[0x1277, 0x127f]), // The same of a block device: BLKDISCARD, BLKZEROOUT.
-    any(timerfd_settime),
-];
+/// Waiting for kicks, and handing requests to an io_uring, which is set up before the filter.
+const DISK: &[Rule] = &[any(poll), any(io_uring_enter)];
 
 /// Connecting to a backend anew, for the thread that does and the main thread, which starts that. Landlock keeps it
 /// from sockets of the abstract kind, and there is no other family.
