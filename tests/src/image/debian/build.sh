@@ -34,6 +34,10 @@ LinkLocalAddressing=no
 IPv6AcceptRA=no
 NETWORK
 
+# An emulated VM on a busy machine takes longer than a minute and a half to find its serial line.
+mkdir -p "$ROOT/etc/systemd/system.conf.d"
+printf '[Manager]\nDefaultDeviceTimeoutSec=10min\n' > "$ROOT/etc/systemd/system.conf.d/devices.conf"
+
 # The guest's part of an IVCPU. Without the word `ivcpu.cpu=` on the kernel command line it does nothing.
 install -m 755 "$SERVICE/ivcpu-irq" "$ROOT/usr/sbin/"
 install -m 644 "$SERVICE/ivcpu-irq.service" "$ROOT/etc/systemd/system/"
