@@ -14,6 +14,7 @@ use std::process::{Command, Stdio};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 
+use crate::lock::Lock;
 use crate::provision::{self, Provision};
 use crate::workspace::{self, Workspace};
 use notices::Metadata;
@@ -68,6 +69,8 @@ pub fn package(workspace: &Workspace, provision: &Provision) -> Result<PathBuf, 
         return Err(Error::Changelog(changelog));
     }
     let cargo_deb = provision.cargo_deb()?;
+    let lock = workspace.cache().join("package.lock");
+    let _lock = Lock::take(&lock, "somebody else makes the package").map_err(|e| Error::Write(lock, e))?;
     workspace.build_shipped()?;
     stage(provision, workspace)?;
     let package = workspace.shipped().with_file_name("debian").join(format!("ivcpu_{VERSION}_amd64.deb"));
