@@ -204,8 +204,8 @@ fn a_vm_with_every_device_several_times_has_their_threads() {
     }
     let wanted = ["disk0", "disk1", "disk2", "disk3"];
     let names = names_with(child.id(), |names| wanted.iter().all(|name| names.iter().any(|n| n == name)));
-    kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
-    assert_eq!(wait_within(&mut child, Duration::from_secs(5)), 143);
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).unwrap();
+    assert_eq!(wait_within(&mut child, Duration::from_secs(5)), 130);
     for name in wanted {
         assert!(names.iter().any(|there| there == name), "{name} among {names:?}");
     }
