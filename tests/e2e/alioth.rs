@@ -38,14 +38,14 @@ fn alioth_moves_checked_bytes_and_its_interrupts_are_on_the_ivcpu() -> Result<()
 
 /// `alioth vu net` on the wire's TAP, once it listens.
 fn alioth_backend(host: &Host, socket: &Path) -> Result<Process> {
-    // It would not bind to what a killed one leaves.
+    // It would not bind to what a killed one leaves; and it wants an MTU, whatever its help says.
     let _ = std::fs::remove_file(socket);
     let [nsenter, words @ ..] = Wire::enter_words();
     let program = host.alioth()?;
     let log = host.log("backend.log")?;
     let mut backend = Process::spawn("alioth vu net", nsenter, |command| {
         command.args(words).arg(program).args(["vu", "--socket"]).arg(socket);
-        command.args(["net", "--param", &format!("if={TAP},mac=52:54:00:49:56:01")]);
+        command.args(["net", "--param", &format!("if={TAP},mac=52:54:00:49:56:01,mtu=1500")]);
         command.stdin(Stdio::null()).stderr(log);
     })?;
     let start = Instant::now();
