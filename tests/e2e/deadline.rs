@@ -37,7 +37,8 @@ fn a_host_whose_kernel_panics_does_not_wait_for_the_deadline() -> Result<()> {
     // A start may also stall before its kernel gets to the panic.
     let start = Instant::now();
     for _ in 0..4 {
-        let error = boot_with(Options { ready, attempts: 1, kernel_words: kernel_words.clone() })?;
+        let error =
+            boot_with(Options { ready, attempts: 1, kernel_words: kernel_words.clone(), disk: None })?;
         if matches!(&error, Error::NeverReady { last, .. } if last.contains("Kernel panic")) {
             ensure!(start.elapsed() < ready, "{:?}", start.elapsed());
             return Ok(());
