@@ -21,7 +21,7 @@ use ivcpu_lab::traffic::content_of;
 use ivcpu_lab::trial::in_emulated_host_of_its_own;
 use ivcpu_lab::workspace::Workspace;
 
-const BOOT: Duration = Duration::from_secs(180);
+const BOOT: Duration = Duration::from_secs(300);
 /// A command in the guest, apt's among them.
 const COMMAND: Duration = Duration::from_secs(90);
 /// The package that apt installs, and its one file.
