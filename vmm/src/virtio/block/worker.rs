@@ -79,7 +79,7 @@ impl Worker {
     pub fn start(self, name: String) -> io::Result<JoinHandle<()>> {
         thread::Builder::new().name(name).spawn(move || {
             self.keep_to_own_pcpus();
-            sandbox::enter_or_exit(Role::Device);
+            sandbox::enter_or_exit(Role::Disk);
             Service::new(self).run();
         })
     }
