@@ -76,9 +76,10 @@ impl Board {
     /// Answers every HTTP request with the metrics, for as long as the process lives.
     pub fn serve_metrics(&self, listener: &UnixListener) {
         serve(listener, "metrics", |mut reader| {
-            let (status, kind, body) = match receive(reader) {
-                Ok(Method::Get) => ("200 OK", CONTENT_TYPE, self.text()?),
-                Ok(Method::Head) => ("200 OK", CONTENT_TYPE, String::new()),
+            let request = receive(reader);
+            let is_head = matches!(request, Ok(Method::Head));
+            let (status, kind, body) = match request {
+                Ok(Method::Get | Method::Head) => ("200 OK", CONTENT_TYPE, self.text()?),
                 Ok(Method::Other) => {
                     ("405 Method Not Allowed", "text/plain", "GET is all there is\n".to_owned())
                 }
@@ -86,7 +87,9 @@ impl Board {
                 Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(()),
                 Err(error) => ("400 Bad Request", "text/plain", format!("{error}\n")),
             };
+            // The length is what a GET would be given (RFC 9110, 8.6).
             let length = body.len();
+            let body = if is_head { "" } else { &body };
             let answer = format!(
                 "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\nAllow: GET, HEAD\r\nConnection: close\r\n\r\n{body}"
             );

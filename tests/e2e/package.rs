@@ -126,6 +126,9 @@ fn a_clean_system_installs_uses_and_purges_it() -> Result<()> {
         let report: Value = serde_json::from_slice(&doctor.stdout).with_context(|| said(&doctor))?;
         ensure!(report.is_object(), "{report}");
 
+        let guides = fs::read_to_string(system.path("usr/share/doc/ivcpu/README.md"))?;
+        ensure!(guides.starts_with("# Guides"), "the index of guides is another page: {guides}");
+
         let description = fs::read(system.path("usr/share/qemu/vhost-user/50-ivcpu-backend.json"))?;
         let description: Value = serde_json::from_slice(&description)?;
         let program = description["binary"].as_str().context("the description names no program")?;

@@ -97,8 +97,14 @@ impl Gate {
             request,
             Some(FrontendReq::NET_SET_MTU | FrontendReq::SET_CONFIG | FrontendReq::GET_MAX_MEM_SLOTS)
         );
-        if is_ours && descriptors > 0 {
-            return Err(io::Error::other("descriptors came with a message that has none"));
+        // Descriptors on their way count as this user's, for all ports together: none may pile up.
+        let most = match request {
+            Some(FrontendReq::SET_MEM_TABLE) => super::MAX_DESCRIPTORS,
+            _ if is_ours => 0,
+            _ => 1,
+        };
+        if descriptors > most {
+            return Err(io::Error::other("descriptors came with a message that has none, or fewer"));
         }
         let verdict = match request {
             Some(FrontendReq::NET_SET_MTU) => {

@@ -22,8 +22,8 @@ use std::thread::JoinHandle;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::sockopt::AcceptConn;
-use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname, getsockopt};
+use nix::sys::socket::sockopt::{AcceptConn, SndBuf};
+use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname, getsockopt, setsockopt};
 use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::{FrontendReq, VhostUserVirtioFeatures};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -39,6 +39,8 @@ const MAX_PAYLOAD: usize = 4096;
 
 /// Descriptors one message can carry, as the crate limits them.
 const MAX_DESCRIPTORS: usize = 32;
+/// Bytes of messages that may wait for the crate: a few messages.
+const WAITING: usize = 8192;
 
 /// Why an inherited descriptor is of no use.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +108,8 @@ impl Doorway {
         // One that a session left behind which ended before it began.
         while self.listener.accept().is_ok() {}
         let stream = UnixStream::connect(format!("/proc/self/fd/{}", self.socket.as_raw_fd()))?;
+        // What waits here for the crate, and the descriptors with it, stays little.
+        setsockopt(&stream, SndBuf, &WAITING)?;
         Ok((self.listener.try_clone()?, stream))
     }
 }

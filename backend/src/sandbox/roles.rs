@@ -149,6 +149,18 @@ const PRCTL_NAME: Limited = (libc::SYS_prctl, 0, &[libc::PR_GET_NAME as u64]);
 const PRCTL_START: Limited =
     (libc::SYS_prctl, 0, &[libc::PR_SET_NAME as u64, libc::PR_SET_NO_NEW_PRIVS as u64]);
 const SECCOMP_FILTER: Limited = (libc::SYS_seccomp, 0, &[libc::SECCOMP_SET_MODE_FILTER as u64]);
+/// A thread as glibc makes it where clone3 is refused: by systemd's `RestrictNamespaces=`, or by containers. The flags are
+/// those of pthread_create, so no process and no namespace can be made by it.
+const CLONE_THREAD: Limited = (libc::SYS_clone, 0, &[THREAD_FLAGS as u64]);
+const THREAD_FLAGS: libc::c_int = libc::CLONE_VM
+    | libc::CLONE_FS
+    | libc::CLONE_FILES
+    | libc::CLONE_SIGHAND
+    | libc::CLONE_THREAD
+    | libc::CLONE_SYSVSEM
+    | libc::CLONE_SETTLS
+    | libc::CLONE_PARENT_SETTID
+    | libc::CLONE_CHILD_CLEARTID;
 const SOCKET_UNIX: Limited = (libc::SYS_socket, 0, &[libc::AF_UNIX as u64]);
 const SOCKET_ERROR: Limited = (libc::SYS_getsockopt, 1, &[libc::SOL_SOCKET as u64]);
 
@@ -173,6 +185,7 @@ impl Role {
             Role::Main => &[SOCKET_UNIX],
             Role::Show => &[SOCKET_ERROR],
             Role::Port => &[
+                CLONE_THREAD,
                 FCNTL_LOCK,
                 IOCTL_OFFLOADS,
                 IOCTL_QUEUE,

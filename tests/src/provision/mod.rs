@@ -256,7 +256,10 @@ impl Provision {
         let launcher = self.workspace.launchers().join("dpdk-testpmd");
         // By their bare names the loader looks for them in the folder's own libraries. (By a path DPDK would refuse them
         // wherever a folder above them may be written to by everybody, as /tmp.)
-        let drivers = DPDK_DRIVERS.map(|driver| format!("-d librte_{driver}.so.23"));
+        let libraries = dpdk.path("usr/lib/x86_64-linux-gnu");
+        let drivers: Result<Vec<_>, Error> =
+            DPDK_DRIVERS.iter().map(|driver| dpdk_driver(&libraries, driver)).collect();
+        let drivers: Vec<_> = drivers?.iter().map(|name| format!("-d {name}")).collect();
         dpdk.write_launcher(
             &launcher,
             &dpdk.loader(),
@@ -456,6 +459,17 @@ fn relocate_headers(headers: &Path) -> Result<(), Error> {
 
 /// DPDK's drivers of what is no hardware: frontend, backend, TAP, and the pools of frames.
 const DPDK_DRIVERS: [&str; 4] = ["mempool_ring", "net_tap", "net_vhost", "net_virtio"];
+
+/// The name of a DPDK driver with the release's ABI number, by which the loader finds it.
+fn dpdk_driver(libraries: &Path, driver: &str) -> Result<String, Error> {
+    let prefix = format!("librte_{driver}.so.");
+    let entries = fs::read_dir(libraries).map_err(|e| Error::Read(libraries.into(), e))?;
+    let mut names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let is_abi = |abi: &str| abi.bytes().all(|byte| byte.is_ascii_digit());
+    names
+        .find(|name| name.strip_prefix(&prefix).is_some_and(is_abi))
+        .ok_or_else(|| Error::Missing(libraries.join(prefix)))
+}
 
 /// Dynamically linked programs of the tools, and the places releases keep them in.
 pub const TOOLS: [(&str, &[&str]); 4] = [
