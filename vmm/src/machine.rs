@@ -334,9 +334,11 @@ impl Machine {
     /// Runs the VM until it ends, and says why it did. The terminal is as before when this returns.
     pub fn run(mut self) -> Result<Ending, Error> {
         vcpu::install_signal_handler().map_err(system("install the vCPU signal handler"))?;
-        if let Some(needs) = &self.needs {
-            landlock::restrict(needs)?;
-        }
+        // Its folder in tracefs has to be made while folders can be.
+        let counting = self.exits.map(Lifetime::start).transpose()?;
+        // Open for as long as the rules are to hold: landlock knows files by their inodes, and those of /proc are forgotten
+        // when nobody has them.
+        let _ruled = self.needs.as_ref().map(landlock::restrict).transpose()?;
         let mut events = EventManager::new().map_err(Error::Events)?;
         let watch = EndWatch {
             end: Arc::clone(&self.end),
@@ -375,7 +377,6 @@ impl Machine {
             disk.start(format!("disk{number}")).map_err(system("start the thread of a disk"))?;
         }
 
-        let counting = self.exits.map(Lifetime::start).transpose()?;
         let api = self.api.take().map(|api| {
             let (gate, end) = (Arc::clone(&self.gate), Arc::clone(&self.end));
             api.serve(&self.vcpus, gate, end, self.button.clone())
@@ -415,7 +416,7 @@ impl Machine {
         if stop(running, &self.gate)
             && let Some(port) = &self.devices.serial
         {
-            port.flush();
+            port.flush(STOP_WITHIN);
         }
         drop(raw_mode);
         if let Some(report) = report {

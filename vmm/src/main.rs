@@ -15,7 +15,7 @@ use tracing_subscriber::EnvFilter;
 
 /// What is logged unless IVCPU_LOG says otherwise. vfio-ioctls warns of interrupts a function merely does not have, and of
 /// accesses that a guest can repeat as often as it likes.
-const DEFAULT_LOG: &str = "warn,vfio_ioctls=error";
+const DEFAULT_LOG: &str = "warn,vfio_ioctls=error,virtio_queue=off";
 
 fn main() -> ExitCode {
     let filter = EnvFilter::try_from_env("IVCPU_LOG").unwrap_or_else(|_| EnvFilter::new(DEFAULT_LOG));

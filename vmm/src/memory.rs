@@ -19,9 +19,10 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use vm_memory::mmap::FromRangesError;
 use vm_memory::{
     Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap,
+    GuestRegionMmap, MmapRegion,
 };
 
 use crate::suboption::{self, ByteSize, SubOptions};
@@ -197,11 +198,25 @@ pub fn allocate(options: &MemoryOptions) -> Result<GuestMemory, Error> {
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
     fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(|e| memfd("F_ADD_SEALS", e.into()))?;
     let file = Arc::new(file);
-    let regions = ranges(size).map(|(start, length, offset)| {
-        (GuestAddress(start), length as usize, Some(FileOffset::from_arc(Arc::clone(&file), offset)))
-    });
-    let memory = GuestMemory::from_ranges_with_files(regions)
-        .map_err(|source| Error::Map { size: mebibytes, source })?;
+    let mut regions = Vec::new();
+    for (start, length, offset) in ranges(size) {
+        let file = FileOffset::from_arc(Arc::clone(&file), offset);
+        // Ordinary pages are promised without being set aside. Huge ones are set aside here, or mapping fails: one that
+        // is missing when it is touched would kill the process.
+        let reserve = if options.hugepages.is_some() { 0 } else { libc::MAP_NORESERVE };
+        let region = MmapRegion::build(
+            Some(file),
+            length as usize,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED | reserve,
+        );
+        let region = region.map_err(|e| Error::Map { size: mebibytes, source: e.into() })?;
+        let region = GuestRegionMmap::new(region, GuestAddress(start))
+            .ok_or(Error::Map { size: mebibytes, source: FromRangesError::InvalidGuestRegion })?;
+        regions.push(region);
+    }
+    let memory =
+        GuestMemory::from_regions(regions).map_err(|e| Error::Map { size: mebibytes, source: e.into() })?;
     if options.hugepages.is_none() {
         memory.iter().for_each(ask_for_huge_pages);
     }

@@ -8,15 +8,16 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
@@ -159,6 +160,8 @@ pub struct Port {
     room: Arc<Condvar>,
     interrupt: EventFd,
     timer: Arc<Mutex<TimerFd>>,
+    /// Whether output can be made to wait by whoever reads it.
+    is_terminal: bool,
 }
 
 impl Port {
@@ -170,7 +173,9 @@ impl Port {
             SerialMode::Tty => Box::new(io::stdout()),
             SerialMode::File(path) => Box::new(create("serial", path)?),
         };
-        Self::with_sink(sink).map(|port| Some(Arc::new(port))).map_err(Error::Events)
+        let mut port = Self::with_sink(sink).map_err(Error::Events)?;
+        port.is_terminal = *mode == SerialMode::Tty;
+        Ok(Some(Arc::new(port)))
     }
 
     fn with_sink(sink: Box<dyn Write + Send>) -> io::Result<Self> {
@@ -180,7 +185,7 @@ impl Port {
         let output = Output { sink, pending: Vec::with_capacity(BUFFER), timer: Some(Arc::clone(&timer)) };
         let events = RoomForInput(Arc::clone(&room));
         let uart = Mutex::new(Serial::with_events(Line(interrupt.try_clone()?), events, output));
-        Ok(Self { uart, room, interrupt, timer })
+        Ok(Self { uart, room, interrupt, timer, is_terminal: false })
     }
 
     /// The eventfd to be wired to [`GSI`].
@@ -188,9 +193,19 @@ impl Port {
         &self.interrupt
     }
 
-    /// Writes out what is collected.
-    pub fn flush(&self) {
-        lock(&self.uart).writer_mut().write_pending();
+    /// Writes out what is collected, if that can be done within `patience`: the terminal may be stopped, and a vCPU may be waiting for
+    /// it with the port in its hands.
+    pub fn flush(&self, patience: Duration) -> bool {
+        if self.is_terminal && !can_write(io::stdout().as_fd(), patience) {
+            return false;
+        }
+        let mut uart = match self.uart.try_lock() {
+            Ok(uart) => uart,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return false,
+        };
+        uart.writer_mut().write_pending();
+        true
     }
 
     /// The guest reads `data.len()` bytes from one register.
@@ -265,13 +280,25 @@ pub struct Flush(
 
 impl MutEventSubscriber for Flush {
     fn process(&mut self, _: Events, _: &mut EventOps) {
-        let _ = lock(&self.0.timer).wait();
-        self.0.flush();
+        let mut timer = lock(&self.0.timer);
+        let _ = timer.wait();
+        drop(timer);
+        if !self.0.flush(Duration::ZERO) {
+            // Later, then.
+            let _ = lock(&self.0.timer).reset(FLUSH_AFTER, None);
+        }
     }
 
     fn init(&mut self, ops: &mut EventOps) {
         events::watch(ops, lock(&self.0.timer).as_raw_fd());
     }
+}
+
+/// Whether a write to `output` of what the buffer holds would not wait.
+fn can_write(output: BorrowedFd<'_>, patience: Duration) -> bool {
+    let mut fds = [PollFd::new(output, PollFlags::POLLOUT)];
+    let patience = PollTimeout::try_from(patience).unwrap_or(PollTimeout::ZERO);
+    matches!(poll(&mut fds, patience), Ok(ready) if ready > 0)
 }
 
 /// No code panics while it holds one of these locks; if one ever did, the console should still work.
@@ -316,7 +343,7 @@ mod tests {
         port.write(0, b"#");
         assert!(lock(&port.timer).is_armed().unwrap());
         assert!(lock(&sink.0).is_empty());
-        port.flush();
+        assert!(port.flush(Duration::ZERO));
         assert_eq!(*lock(&sink.0), [b"#".to_vec()]);
     }
 

@@ -109,6 +109,16 @@ pub struct Sandbox {
     filters: Option<Arc<Filters>>,
 }
 
+/// Has all threads share the allocator's first arena. glibc shrinks the arenas it makes for other threads, and opens a file of
+/// /proc before it does so for the first time (`check_may_shrink_heap`), which the filters forbid.
+fn use_one_arena() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: the call sets a number of the allocator's; no other thread runs yet that could be using it.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
 impl Sandbox {
     /// Confines the program. To be called while it has one thread, after everything that wants rights was opened.
     pub fn enter(wanted: &Wanted<'_>) -> Result<Self, Error> {
@@ -125,6 +135,7 @@ impl Sandbox {
         if wanted.seccomp == SeccompMode::Off {
             return Ok(Sandbox::default());
         }
+        use_one_arena();
         trap::install().map_err(Error::Handler)?;
         Ok(Sandbox { filters: Some(Arc::new(Filters::new(wanted.seccomp)?)) })
     }

@@ -11,8 +11,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus,
-    Scope, path_beneath_rules,
+    ABI, Access, AccessFs, AccessNet, BitFlags, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr,
+    RulesetStatus, Scope, path_beneath_rules,
 };
 
 use super::Error;
@@ -77,8 +77,18 @@ impl Needs {
     }
 }
 
-/// Takes the file system away from this thread and those it starts, but for `needs`; says whether the kernel can do that.
-pub fn restrict(needs: &Needs) -> Result<bool, Error> {
+/// What a restricted process keeps, and whether the kernel restricted it at all.
+#[derive(Debug)]
+pub struct Restricted {
+    /// What the rules are about, held for as long as they are to hold: landlock knows files by their inodes, and procfs makes
+    /// new ones for files that nobody has had open for a while.
+    pub kept: Vec<PathFd>,
+    /// Whether the kernel has landlock.
+    pub enforced: bool,
+}
+
+/// Takes the file system away from this thread and those it starts, but for `needs`.
+pub fn restrict(needs: &Needs) -> Result<Restricted, Error> {
     if needs.host_irqs {
         // A rule is about a folder that is there. Whoever may not make it cannot move interrupts either.
         let _ = fs::create_dir_all(affinity::JOURNALS);
@@ -88,7 +98,9 @@ pub fn restrict(needs: &Needs) -> Result<bool, Error> {
         .handle_access(AccessNet::from_all(VERSION))?
         .scope(Scope::AbstractUnixSocket)?
         .create()?;
+    let mut kept = Vec::new();
     for (path, access) in needs.rules() {
+        kept.extend(PathFd::new(&path).ok());
         ruleset = ruleset.add_rules(path_beneath_rules([path], access))?;
     }
     let status = ruleset.restrict_self()?.ruleset;
@@ -101,7 +113,7 @@ pub fn restrict(needs: &Needs) -> Result<bool, Error> {
             "this kernel has no landlock, so files stay in reach of the VMM: boot with lsm=landlock,... or say --landlock false"
         ),
     }
-    Ok(status != RulesetStatus::NotEnforced)
+    Ok(Restricted { kept, enforced: status != RulesetStatus::NotEnforced })
 }
 
 #[cfg(test)]
@@ -140,7 +152,7 @@ mod tests {
         fs::write(&file, "content").unwrap();
         std::thread::spawn(move || {
             let open = fs::File::open(&file).unwrap();
-            let enforced = restrict(&Needs::default()).unwrap();
+            let Restricted { enforced, .. } = restrict(&Needs::default()).unwrap();
             assert_eq!(std::io::read_to_string(&open).unwrap(), "content");
             assert_eq!(fs::File::open(&file).is_err(), enforced);
         })

@@ -111,6 +111,7 @@ pub fn arm(options: SandboxOptions) -> Result<(), Error> {
     if options.seccomp == Seccomp::False {
         return Ok(());
     }
+    use_one_arena();
     let filters = Filters::compile(options.seccomp)?;
     if options.seccomp == Seccomp::True {
         // The one that is there would open the program's own file for a backtrace, and end the process by that.
@@ -121,6 +122,16 @@ pub fn arm(options: SandboxOptions) -> Result<(), Error> {
     // Armed twice only by a program that makes two machines; the first one's filters stay.
     let _ = FILTERS.set(filters);
     Ok(())
+}
+
+/// Has all threads share the allocator's first arena. glibc shrinks the arenas it makes for other threads, and opens a file of
+/// /proc before it does so for the first time (`check_may_shrink_heap`), which no role but the main thread's may.
+fn use_one_arena() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: the call sets a number of the allocator's; no other thread runs yet that could be using it.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
 }
 
 /// Confines the calling thread to its role, for good. Does nothing in a process that is not [armed](arm).

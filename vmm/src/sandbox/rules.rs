@@ -148,7 +148,7 @@ const THREADS: &[Rule] = &[
 
 /// The event loop.
 const MAIN: &[Rule] =
-    &[any(epoll_wait), any(epoll_pwait), any(epoll_ctl), any(timerfd_settime), any(eventfd2)];
+    &[any(epoll_wait), any(epoll_pwait), any(epoll_ctl), any(poll), any(timerfd_settime), any(eventfd2)];
 
 /// Host interrupts come and go while the VM runs (`affinity.rs`), the count of exits is read and its tracing instance
 /// removed at the end, and the API's socket with it. Which files, landlock says.

@@ -186,6 +186,8 @@ impl Device for Console {
                 state.transmit = None;
             }
         } else {
+            // The feeder must not be between its look at the queue and its sleep.
+            let _state = self.lock();
             self.room.notify_all();
         }
     }
