@@ -35,6 +35,7 @@ fn start(host: &Host, backend: &Backend, socket: &Path) -> Result<Vm> {
         ("--ivcpu", format!("affinity=[{}]", pcpu::IVCPU)),
         ("--net", net),
         ("--api-socket", socket.display().to_string()),
+        ("--exits", "json".into()),
     ];
     let options = words.into_iter().flat_map(|(name, value)| [name.to_owned(), value]);
     let program = host.binary("ivcpu-vmm").display().to_string();
@@ -107,6 +108,11 @@ fn a_confined_vm_moves_traffic_is_paused_and_heeds_its_power_button() -> Result<
         ensure!(status == 0, "no power button in the guest: {text}");
         ensure!(vm.end_by(Signal::SIGTERM)?.success(), "the guest switched itself off");
         ensure!(!socket.exists(), "the socket goes with the VM");
+        // Landlock leaves the count of exits what it needs, to the end.
+        let log = fs::read_to_string(host.log_path("guest.log"))?;
+        let report = log.lines().rev().find(|line| line.starts_with("{\"pcpus\"")).context("the exits")?;
+        let report: Value = serde_json::from_str(report)?;
+        ensure!(report["exits_total"].as_u64().is_some_and(|exits| exits > 1000), "{report}");
         Ok(())
     })
 }

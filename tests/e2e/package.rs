@@ -7,7 +7,7 @@ use std::process::Output;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use ivcpu_lab::package::{self, manual};
+use ivcpu_lab::package::{self, Programs, manual};
 use ivcpu_lab::private_mounts::{Layer, Mounts, command_in, with_private_mounts};
 use ivcpu_lab::provision::{Kernel, Provision};
 use ivcpu_lab::workspace::Workspace;
@@ -89,7 +89,8 @@ fn the_package() -> Result<&'static Path> {
     let path = PATH.get_or_init(|| {
         let make = || -> Result<PathBuf> {
             let workspace = Workspace::locate()?;
-            Ok(package::package(&workspace, &Provision::new(&workspace))?)
+            // What differs from the shipped ones is how far the compiler optimized.
+            Ok(package::package(&workspace, &Provision::new(&workspace), Programs::OfTheLab)?)
         };
         make().map_err(|error| format!("{error:#}"))
     });

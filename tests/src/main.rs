@@ -13,7 +13,7 @@ use ivcpu_lab::in_host::Host;
 use ivcpu_lab::in_host::agent;
 use ivcpu_lab::in_host::measure::measure;
 use ivcpu_lab::in_host::plan::Plan;
-use ivcpu_lab::package::package;
+use ivcpu_lab::package::{Programs, package};
 use ivcpu_lab::provision::{Kernel, Provision};
 use ivcpu_lab::shell;
 use ivcpu_lab::workspace::Workspace;
@@ -114,7 +114,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Package => {
             let workspace = Workspace::locate()?;
-            println!("{}", package(&workspace, &Provision::new(&workspace))?.display());
+            println!("{}", package(&workspace, &Provision::new(&workspace), Programs::Shipped)?.display());
         }
         Command::Provision { kernels } => {
             let workspace = Workspace::locate()?;

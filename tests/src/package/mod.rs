@@ -61,8 +61,34 @@ pub enum Error {
     },
 }
 
+/// Which programs a package has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Programs {
+    /// Those that are shipped, optimized across crates, which takes minutes to build.
+    Shipped,
+    /// Those that run in the lab: of the same sources, and built already where tests run.
+    OfTheLab,
+}
+
+impl Programs {
+    fn build(self, workspace: &Workspace) -> Result<(), workspace::Error> {
+        match self {
+            Programs::Shipped => workspace.build_shipped(),
+            Programs::OfTheLab => workspace.build(),
+        }
+    }
+
+    /// The folder they are in, named after their profile.
+    fn folder(self, workspace: &Workspace) -> PathBuf {
+        match self {
+            Programs::Shipped => workspace.shipped(),
+            Programs::OfTheLab => workspace.release(),
+        }
+    }
+}
+
 /// Builds the programs and the package; its path.
-pub fn package(workspace: &Workspace, provision: &Provision) -> Result<PathBuf, Error> {
+pub fn package(workspace: &Workspace, provision: &Provision, programs: Programs) -> Result<PathBuf, Error> {
     let changelog = workspace.root().join("packaging/changelog");
     let text = fs::read_to_string(&changelog).map_err(|e| Error::Read(changelog.clone(), e))?;
     if !text.starts_with(&format!("ivcpu ({VERSION}) ")) {
@@ -71,15 +97,22 @@ pub fn package(workspace: &Workspace, provision: &Provision) -> Result<PathBuf, 
     let cargo_deb = provision.cargo_deb()?;
     let lock = workspace.cache().join("package.lock");
     let _lock = Lock::take(&lock, "somebody else makes the package").map_err(|e| Error::Write(lock, e))?;
-    workspace.build_shipped()?;
-    stage(provision, workspace)?;
-    let package = workspace.shipped().with_file_name("debian").join(format!("ivcpu_{VERSION}_amd64.deb"));
+    programs.build(workspace)?;
+    let folder = programs.folder(workspace);
+    stage(provision, workspace, &folder.join("package"))?;
+    let file = format!("ivcpu_{VERSION}_amd64.deb");
+    let package = match programs {
+        Programs::Shipped => folder.with_file_name("debian").join(file),
+        Programs::OfTheLab => folder.join(file),
+    };
     // It starts cargo by its name.
     let mut path = vec![workspace::cargo().parent().unwrap_or(Path::new("")).to_path_buf()];
     path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
     let mut command = Command::new(&cargo_deb);
     command
-        .args(["--package", "ivcpu-vmm", "--no-build", "--strip", "--locked", "--quiet", "--output"])
+        .args(["--package", "ivcpu-vmm", "--no-build", "--strip", "--locked", "--quiet", "--profile"])
+        .arg(folder.file_name().unwrap_or_default())
+        .arg("--output")
         .arg(&package)
         .env("PATH", std::env::join_paths(path).unwrap_or_default())
         .current_dir(workspace.root());
@@ -88,15 +121,16 @@ pub fn package(workspace: &Workspace, provision: &Provision) -> Result<PathBuf, 
 }
 
 /// Makes what is made of other things, where vmm/Cargo.toml looks for it.
-fn stage(provision: &Provision, workspace: &Workspace) -> Result<(), Error> {
-    let stage = workspace.shipped().join("package");
+fn stage(provision: &Provision, workspace: &Workspace, stage: &Path) -> Result<(), Error> {
     // Nothing of an earlier version.
-    match fs::remove_dir_all(&stage) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::Write(stage, error)),
+    match fs::remove_dir_all(stage) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(Error::Write(stage.into(), error));
+        }
         _ => {}
     }
     manual::write(&stage.join("man"), &stage.join("completions"))
-        .map_err(|e| Error::Write(stage.clone(), e))?;
+        .map_err(|e| Error::Write(stage.into(), e))?;
     let notices = notices(workspace)?.notices(&PROGRAMS);
     let at = stage.join("third-party-notices.gz");
     notices.and_then(|text| fs::write(&at, compressed(text.as_bytes())?)).map_err(|e| Error::Write(at, e))?;
