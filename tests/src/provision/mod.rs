@@ -3,6 +3,8 @@
 mod apt;
 mod archive;
 mod cargo_install;
+mod debian;
+mod peers;
 mod repository;
 mod system;
 mod unpacked;
@@ -20,6 +22,8 @@ use archive::{Archive, BACKPORTS, SUITE, Selection};
 pub use archive::{Error as ArchiveError, SUITE as DEBIAN_SUITE};
 pub use cargo_install::ALIOTH;
 use cargo_install::CARGO_DEB;
+pub use debian::{Debootstrap, FileSystemTools, PackageArchive};
+pub use peers::Libvirt;
 pub use repository::Repository;
 pub(crate) use repository::sha256;
 pub use unpacked::{Unpacked, listed_libraries};
@@ -123,44 +127,6 @@ impl KernelFiles {
     }
 }
 
-/// A folder that apt and debootstrap take packages from.
-#[derive(Clone, Debug)]
-pub struct PackageArchive {
-    /// The folder.
-    pub folder: PathBuf,
-    /// Its list of packages, with their versions and digests.
-    pub index: PathBuf,
-}
-
-/// debootstrap.
-#[derive(Clone, Debug)]
-pub struct Debootstrap {
-    /// The program.
-    pub program: PathBuf,
-    /// What it calls `DEBOOTSTRAP_DIR`.
-    pub scripts: PathBuf,
-}
-
-/// The programs for ext4.
-#[derive(Clone, Debug)]
-pub struct FileSystemTools {
-    /// Makes a file system.
-    pub mke2fs: PathBuf,
-    /// Checks one.
-    pub e2fsck: PathBuf,
-    /// Looks into one.
-    pub debugfs: PathBuf,
-}
-
-/// An unpacked libvirt.
-#[derive(Clone, Debug)]
-pub struct Libvirt {
-    /// `virsh`, as a launcher; with `qemu:///embed` it is the daemon, too.
-    pub virsh: PathBuf,
-    /// The folder that would be installed as `/usr/share`.
-    pub data: PathBuf,
-}
-
 /// Provides what the lab needs, fetching what the cache lacks.
 pub struct Provision {
     workspace: Workspace,
@@ -246,35 +212,6 @@ impl Provision {
         Ok(launcher)
     }
 
-    /// DPDK's testpmd, as a launcher that any process can start by this path, with its drivers of virtual devices.
-    pub fn testpmd(&self) -> Result<PathBuf, Error> {
-        let dir = self.workspace.cache().join("dpdk");
-        self.fetch(&dir, |archive| {
-            archive.unpack("DPDK", Selection::WithDependencies(&["dpdk-dev"]), SUITE, &dir)
-        })?;
-        let dpdk = Unpacked::new(dir);
-        let launcher = self.workspace.launchers().join("dpdk-testpmd");
-        // By their bare names the loader looks for them in the folder's own libraries. (By a path DPDK would refuse them
-        // wherever a folder above them may be written to by everybody, as /tmp.)
-        let libraries = dpdk.path("usr/lib/x86_64-linux-gnu");
-        let drivers: Result<Vec<_>, Error> =
-            DPDK_DRIVERS.iter().map(|driver| dpdk_driver(&libraries, driver)).collect();
-        let drivers: Vec<_> = drivers?.iter().map(|name| format!("-d {name}")).collect();
-        dpdk.write_launcher(
-            &launcher,
-            &dpdk.loader(),
-            &dpdk.find(&["usr/bin/dpdk-testpmd"])?,
-            "",
-            &drivers.join(" "),
-        )?;
-        Ok(launcher)
-    }
-
-    /// Alioth, a VMM by others that our backend is paired with. It is built from its sources, which takes a minute or two.
-    pub fn alioth(&self) -> Result<PathBuf, Error> {
-        Ok(ALIOTH.install(&self.workspace)?)
-    }
-
     /// cargo-deb, built from its sources too.
     pub fn cargo_deb(&self) -> Result<PathBuf, Error> {
         Ok(CARGO_DEB.install(&self.workspace)?)
@@ -331,70 +268,6 @@ impl Provision {
         let launcher = self.workspace.launchers().join("xmllint");
         xmllint.write_launcher(&launcher, &xmllint.loader(), &xmllint.find(&["usr/bin/xmllint"])?, "", "")?;
         Ok((launcher, Unpacked::new(schemas).find(&["usr/share/libvirt/schemas/domain.rng"])?))
-    }
-
-    /// Packages of the release, with everything they need, as an archive that an image is made of.
-    pub fn debian_packages(&self, names: &[&str]) -> Result<PackageArchive, Error> {
-        // Other packages are another archive.
-        let name = format!("packages-{:.32}", sha256(names.join(" ").as_bytes()));
-        let folder = self.workspace.cache().join("debian").join(name);
-        self.fetch(&folder, |archive| archive.copy("the Debian image's packages", names, SUITE, &folder))?;
-        let index = folder.join("dists").join(SUITE).join(repository::INDEX);
-        Ok(PackageArchive { folder, index })
-    }
-
-    /// debootstrap, which is a script.
-    pub fn debootstrap(&self) -> Result<Debootstrap, Error> {
-        let dir = self.workspace.cache().join("debootstrap");
-        self.fetch(&dir, |archive| {
-            archive.unpack("debootstrap", Selection::Alone(&["debootstrap"]), SUITE, &dir)
-        })?;
-        let unpacked = Unpacked::new(dir);
-        let program = unpacked.find(&["usr/sbin/debootstrap"])?;
-        Ok(Debootstrap { program, scripts: unpacked.find(&["usr/share/debootstrap"])? })
-    }
-
-    /// The programs that make and check ext4, as launchers.
-    pub fn file_system_tools(&self) -> Result<FileSystemTools, Error> {
-        let dir = self.workspace.cache().join("e2fsprogs");
-        self.fetch(&dir, |archive| {
-            archive.unpack("e2fsprogs", Selection::WithDependencies(&["e2fsprogs"]), SUITE, &dir)
-        })?;
-        let tools = Unpacked::new(dir);
-        let configuration = tools.find(&["etc/mke2fs.conf"])?;
-        let environment = format!("export MKE2FS_CONFIG='{}'\n", configuration.display());
-        let launcher = |name: &str| {
-            let launcher = self.workspace.launchers().join(name);
-            let program = tools.find(&[&format!("usr/sbin/{name}"), &format!("sbin/{name}")])?;
-            tools.write_launcher(&launcher, &tools.loader(), &program, &environment, "")?;
-            Ok::<_, Error>(launcher)
-        };
-        Ok(FileSystemTools {
-            mke2fs: launcher("mke2fs")?,
-            e2fsck: launcher("e2fsck")?,
-            debugfs: launcher("debugfs")?,
-        })
-    }
-
-    /// libvirt with its QEMU driver.
-    pub fn libvirt(&self) -> Result<Libvirt, Error> {
-        let dir = self.workspace.cache().join("libvirt-qemu");
-        self.fetch(&dir, |archive| {
-            let packages = ["libvirt-clients", "libvirt-daemon", "libvirt-daemon-driver-qemu"];
-            archive.unpack("libvirt", Selection::WithDependencies(&packages), SUITE, &dir)
-        })?;
-        let libvirt = Unpacked::new(dir);
-        let virsh = self.workspace.launchers().join("virsh");
-        let drivers = libvirt.find(&["usr/lib/x86_64-linux-gnu/libvirt/connection-driver"])?;
-        let environment = format!("export LIBVIRT_DRIVER_DIR='{}'\n", drivers.display());
-        libvirt.write_launcher(
-            &virsh,
-            &libvirt.loader(),
-            &libvirt.find(&["usr/bin/virsh"])?,
-            &environment,
-            "",
-        )?;
-        Ok(Libvirt { virsh, data: libvirt.find(&["usr/share"])? })
     }
 
     /// Has `unpack` make `dir` out of the archive's packages if nobody has yet. The archive is given back at once:
@@ -455,20 +328,6 @@ fn relocate_headers(headers: &Path) -> Result<(), Error> {
     let write = fs::remove_file(&makefile)
         .and_then(|()| fs::write(&makefile, format!("include {}\n", here.display())));
     write.map_err(|e| Error::Write(makefile, e))
-}
-
-/// DPDK's drivers of what is no hardware: frontend, backend, TAP, and the pools of frames.
-const DPDK_DRIVERS: [&str; 4] = ["mempool_ring", "net_tap", "net_vhost", "net_virtio"];
-
-/// The name of a DPDK driver with the release's ABI number, by which the loader finds it.
-fn dpdk_driver(libraries: &Path, driver: &str) -> Result<String, Error> {
-    let prefix = format!("librte_{driver}.so.");
-    let entries = fs::read_dir(libraries).map_err(|e| Error::Read(libraries.into(), e))?;
-    let mut names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
-    let is_abi = |abi: &str| abi.bytes().all(|byte| byte.is_ascii_digit());
-    names
-        .find(|name| name.strip_prefix(&prefix).is_some_and(is_abi))
-        .ok_or_else(|| Error::Missing(libraries.join(prefix)))
 }
 
 /// Dynamically linked programs of the tools, and the places releases keep them in.
