@@ -374,7 +374,8 @@ impl Machine {
 
         for (number, disk) in self.disks.drain(..).enumerate() {
             // It ends with its device, and there is nothing to wait for: what the guest flushed is on the disk.
-            disk.start(format!("disk{number}")).map_err(system("start the thread of a disk"))?;
+            disk.start(format!("disk{number}"), Arc::clone(&self.end))
+                .map_err(system("start the thread of a disk"))?;
         }
 
         let api = self.api.take().map(|api| {

@@ -9,6 +9,7 @@ use std::str::FromStr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
+use vm_memory::Bytes;
 
 use super::ring::Ring;
 use super::{Activation, Device};
@@ -20,8 +21,10 @@ const CLASS_COMMUNICATION: u32 = 0x07_8000;
 const QUEUE_SIZE: u16 = 64;
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
+/// Most descriptors of a chain. None is longer than its queue, as no tables are offered; the guest may make one of 65535 all the same.
+const LONGEST: usize = QUEUE_SIZE as usize;
 /// Most bytes of output in one chain; Linux sends a page.
-const MOST: u64 = 64 << 10;
+const MOST: usize = 64 << 10;
 
 /// `--console off|tty|file=PATH`
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -116,7 +119,16 @@ impl State {
         let mut put = || {
             let Some(chain) = ring.pop(memory)? else { return Ok(None) };
             let head = chain.head_index();
-            let taken = chain.writer(memory).map_or(0, |mut writer| writer.write(bytes).unwrap_or(0));
+            let mut taken = 0;
+            for piece in chain.take(LONGEST).filter(|piece| piece.is_write_only()) {
+                let rest = &bytes[taken..];
+                let now = &rest[..rest.len().min(piece.len() as usize)];
+                // The driver reads from the first byte on, so there is no going on behind a gap.
+                if memory.write_slice(now, piece.addr()).is_err() {
+                    break;
+                }
+                taken += now.len();
+            }
             ring.add_used(memory, head, taken as u32)?;
             ring.notify(memory)?;
             Ok(Some(taken))
@@ -133,10 +145,17 @@ impl State {
         for _ in 0..ring.size() {
             let Some(chain) = ring.pop(memory)? else { break };
             let head = chain.head_index();
-            if let Ok(reader) = chain.reader(memory) {
-                // A sink that went away must not stop the guest: its bytes are dropped.
-                let _ = io::copy(&mut reader.take(MOST), &mut self.sink).and_then(|_| self.sink.flush());
+            let mut output = Vec::new();
+            for piece in chain.take(LONGEST).filter(|piece| !piece.is_write_only()) {
+                let start = output.len();
+                output.resize(MOST.min(start + piece.len() as usize), 0);
+                if memory.read_slice(&mut output[start..], piece.addr()).is_err() {
+                    output.truncate(start);
+                    break;
+                }
             }
+            // A sink that went away must not stop the guest: its bytes are dropped.
+            let _ = self.sink.write_all(&output).and_then(|()| self.sink.flush());
             ring.add_used(memory, head, 0)?;
         }
         ring.notify(memory)
@@ -228,6 +247,27 @@ mod tests {
         assert_eq!(*sink.0.lock().unwrap(), b"hello world");
         assert_eq!(driver.used(1), [0, 0, 0]);
         assert!(driver.interrupted(1));
+    }
+
+    #[test]
+    fn a_table_is_read_no_further_than_a_queue_is_long() {
+        let (mut driver, sink) = (Driver::new(), Sink::default());
+        let mut console = Console::with_sink(Box::new(sink.clone()), driver.memory.clone());
+        console.activate(driver.activation(2));
+        // A table of 1000 pieces in the place of the one descriptor.
+        for index in 0..1000u16 {
+            let piece = [
+                &BUFFERS.to_le_bytes()[..],
+                &1u32.to_le_bytes()[..],
+                &1u16.to_le_bytes(),
+                &(index + 1).to_le_bytes(),
+            ];
+            driver.write(BUFFERS + 0x4000 + 16 * u64::from(index), &piece.concat());
+        }
+        driver.offer(1, &[(BUFFERS + 0x4000, 16_000, false)]);
+        driver.write(0x5000 + 12, &4u16.to_le_bytes());
+        console.kicked(TRANSMIT);
+        assert_eq!((sink.0.lock().unwrap().len(), driver.used(1)), (LONGEST, vec![0]));
     }
 
     #[test]

@@ -3,13 +3,14 @@
 //! A request is answered on the thread of the vCPU that made it: reading /dev/urandom never blocks, and requests are few.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
+use vm_memory::Bytes;
 
 use super::ring::Ring;
 use super::{Activation, Device};
@@ -93,20 +94,26 @@ impl Rng {
         for _ in 0..ring.size() {
             let Some(chain) = ring.pop(&self.memory)? else { break };
             let head = chain.head_index();
-            let written = match chain.writer(&self.memory) {
-                Ok(mut writer) => {
-                    let mut bytes = [0; MOST];
-                    let wanted = &mut bytes[..writer.available_bytes().min(MOST)];
-                    let filled = self.source.read(wanted).and_then(|count| writer.write(&wanted[..count]));
-                    filled.unwrap_or_else(|error| {
-                        if !std::mem::replace(&mut self.complained, true) {
-                            tracing::warn!("the source of randomness fails: {error}");
-                        }
-                        0
-                    })
+            let mut written = 0;
+            // No chain is longer than its queue, as no tables are offered; the guest may make one of 65535 all the same.
+            for piece in chain.take(usize::from(QUEUE_SIZE)).filter(|piece| piece.is_write_only()) {
+                let mut bytes = [0; MOST];
+                let wanted = &mut bytes[..(piece.len() as usize).min(MOST - written)];
+                let count = self.source.read(wanted).unwrap_or_else(|error| {
+                    if !std::mem::replace(&mut self.complained, true) {
+                        tracing::warn!("the source of randomness fails: {error}");
+                    }
+                    0
+                });
+                // The driver reads `written` bytes from the first one on, so there is no going on behind a gap.
+                if self.memory.write_slice(&wanted[..count], piece.addr()).is_err() {
+                    break;
                 }
-                Err(_) => 0,
-            };
+                written += count;
+                if count < piece.len() as usize {
+                    break;
+                }
+            }
             ring.add_used(&self.memory, head, written as u32)?;
         }
         ring.notify(&self.memory)
@@ -177,6 +184,27 @@ mod tests {
         driver.offer(0, &[(BUFFERS, 64, true)]);
         rng.kicked(0);
         assert_eq!(driver.used(0).len(), 4);
+    }
+
+    #[test]
+    fn a_table_is_read_no_further_than_a_queue_is_long() {
+        let mut driver = Driver::new();
+        let mut rng = Rng::new("/dev/urandom".into(), driver.memory.clone()).unwrap();
+        rng.activate(driver.activation(1));
+        // A table of 1000 pieces in the place of the one descriptor.
+        for index in 0..1000u16 {
+            let piece = [
+                &BUFFERS.to_le_bytes()[..],
+                &1u32.to_le_bytes()[..],
+                &3u16.to_le_bytes(),
+                &(index + 1).to_le_bytes(),
+            ];
+            driver.write(BUFFERS + 0x4000 + 16 * u64::from(index), &piece.concat());
+        }
+        driver.offer(0, &[(BUFFERS + 0x4000, 16_000, false)]);
+        driver.write(0x1000 + 12, &4u16.to_le_bytes());
+        rng.kicked(0);
+        assert_eq!(driver.used(0), [u32::from(QUEUE_SIZE)]);
     }
 
     #[test]

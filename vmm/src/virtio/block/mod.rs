@@ -7,6 +7,7 @@
 
 mod flight;
 pub mod image;
+mod kernel_threads;
 pub mod options;
 pub mod request;
 pub mod worker;

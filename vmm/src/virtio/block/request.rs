@@ -14,6 +14,8 @@ use crate::memory::GuestMemory;
 
 /// Most pieces of data in one request: what the device offers as `seg_max`.
 pub const MAX_SEGMENTS: usize = 254;
+/// Most descriptors of a chain: the data's, and what header and status take. A table of the guest's may have 65535.
+const MAX_DESCRIPTORS: usize = MAX_SEGMENTS + 3;
 /// Most bytes of data in one request.
 pub const MAX_BYTES: u64 = 64 << 20;
 /// Most sectors in one discard or write-zeroes request.
@@ -93,7 +95,7 @@ pub struct Request {
 
 impl Request {
     /// Reads the descriptors of a chain, each as address, length and whether the device writes there. `None` if there is no
-    /// room for a status.
+    /// room for a status, or no end of it.
     pub fn parse(
         descriptors: impl Iterator<Item = (u64, u32, bool)>,
         memory: &GuestMemory,
@@ -101,7 +103,10 @@ impl Request {
     ) -> Option<Self> {
         let (mut from_driver, mut to_driver) = (Areas::default(), Areas::default());
         let mut ordered = true;
-        for (address, length, device_writes) in descriptors {
+        for (index, (address, length, device_writes)) in descriptors.enumerate() {
+            if index == MAX_DESCRIPTORS {
+                return None;
+            }
             if device_writes {
                 to_driver.push(address, length);
             } else {

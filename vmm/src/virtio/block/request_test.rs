@@ -131,6 +131,16 @@ fn chains_in_the_wrong_order_or_cut_short() {
     assert_eq!(operation(99, 0, &[], LIMITS).unwrap_err(), UNSUPP);
 }
 
+#[test]
+fn a_chain_without_end_is_not_read_to_its_end() {
+    for length in [0, 1] {
+        let mut read = 0;
+        let endless = std::iter::repeat((DATA, length, true)).inspect(|_| read += 1);
+        assert!(Request::parse(endless, &memory(VIRTIO_BLK_T_IN, 0), LIMITS).is_none());
+        assert_eq!(read, MAX_SEGMENTS + 4);
+    }
+}
+
 proptest! {
     #[test]
     fn what_is_accepted_is_inside_disk_and_memory(

@@ -6,11 +6,12 @@
 //! alive what its submission points at.
 //!
 //! A flush is an fdatasync submitted after the writes it covers have been completed: the driver may only rely on those. Where the driver
-//! did not accept flushes, each write is made durable before it completes (5.2.6.2 of the standard).
+//! did not accept flushes, each write is made durable before it completes (5.2.6.2 of the standard), and nothing is discarded or zeroed.
 //!
 //! A request that failed halfway is done for the rest, so a short read or write is nothing the driver sees.
 
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
 use std::thread::{self, JoinHandle};
@@ -26,8 +27,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::flight::{Flight, Work};
 use super::image::Image;
+use super::kernel_threads::keep_to_own_pcpus;
 use super::request::{Buffers, Limits, Request};
 use crate::memory::GuestMemory;
+use crate::power::{EndSignal, Ending};
 use crate::sandbox::{self, Role};
 use crate::virtio::Queue;
 use crate::virtio::ring::Ring;
@@ -75,28 +78,30 @@ impl Worker {
         Ok(Self { image, memory, uring, commands, wake, serial })
     }
 
-    /// Starts the thread, which ends when the device is gone.
-    pub fn start(self, name: String) -> io::Result<JoinHandle<()>> {
-        thread::Builder::new().name(name).spawn(move || {
-            self.keep_to_own_pcpus();
+    /// Starts the thread, which ends when the device is gone. Should it panic, `end` is told.
+    pub fn start(mut self, name: String, end: Arc<EndSignal>) -> io::Result<JoinHandle<()>> {
+        thread::Builder::new().name(name.clone()).spawn(move || {
+            // Before the sandbox, which has no such call.
+            if let Err(error) = keep_to_own_pcpus(&mut self.uring) {
+                tracing::warn!(
+                    "io_uring's own threads for {name} may run on any pCPU, those of vCPUs too: {error}"
+                );
+            }
             sandbox::enter_or_exit(Role::Disk);
-            Service::new(self).run();
+            let disk = format!("{name} ({})", self.image.path.display());
+            let mut service = Service::new(self);
+            // Told before the service is dropped, which waits for the kernel.
+            end_on_panic(&disk, &end, || service.run());
         })
     }
+}
 
-    /// The kernel's threads that do what would block run where this thread may, which is not where vCPUs are pinned.
-    fn keep_to_own_pcpus(&self) {
-        let own = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0));
-        // SAFETY: a CPU set is an array of words, for which all zero is a value.
-        let mut set: libc::cpu_set_t = unsafe { mem::zeroed() };
-        let Ok(own) = own else { return };
-        for pcpu in (0..nix::sched::CpuSet::count()).filter(|&pcpu| own.is_set(pcpu).unwrap_or(false)) {
-            // SAFETY: the number is below the size of the set.
-            unsafe { libc::CPU_SET(pcpu, &mut set) };
-        }
-        if let Err(error) = self.uring.submitter().register_iowq_aff(&set) {
-            tracing::info!("io_uring's own threads may run on any pCPU: {error}");
-        }
+/// A disk that is gone must end the VM, or the guest would wait for it for ever.
+fn end_on_panic(disk: &str, end: &EndSignal, serve: impl FnOnce()) {
+    if panic::catch_unwind(AssertUnwindSafe(serve)).is_err() {
+        let reason = format!("the thread of {disk} panicked; this is a bug");
+        // The first vCPU stands for all of them: none can do without its disk.
+        end.give(Ending::Failed { vcpu: 0, reason });
     }
 }
 
@@ -107,6 +112,8 @@ struct Service {
     rings: Vec<Option<Ring>>,
     flights: Vec<Option<Flight>>,
     free: Vec<usize>,
+    /// The queue that is served first in the next round.
+    first: usize,
     bytes: u64,
     /// How writes are made: durable at once where the driver cannot ask for it.
     write_flags: i32,
@@ -124,6 +131,7 @@ impl Service {
             rings: Vec::new(),
             flights: (0..DEPTH).map(|_| None).collect(),
             free: (0..DEPTH).collect(),
+            first: 0,
             bytes: 0,
             write_flags: 0,
             unsubmitted: false,
@@ -131,7 +139,7 @@ impl Service {
         }
     }
 
-    fn run(mut self) {
+    fn run(&mut self) {
         while self.obey() {
             self.reap();
             let more = self.serve();
@@ -159,7 +167,10 @@ impl Service {
     }
 
     fn start(&mut self, queues: Vec<Queue>, features: u64) {
-        self.write_flags = if features & (1 << VIRTIO_BLK_F_FLUSH) == 0 { libc::RWF_DSYNC } else { 0 };
+        let flushes = features & (1 << VIRTIO_BLK_F_FLUSH) != 0;
+        self.write_flags = if flushes { 0 } else { libc::RWF_DSYNC };
+        // Nothing makes these durable on the way.
+        self.limits.discards = flushes && self.worker.image.discards;
         let ring = |queue| match Ring::new(queue, features) {
             Ok(ring) => Some(ring),
             Err(error) => {
@@ -192,7 +203,10 @@ impl Service {
     /// Takes requests out of the queues, as many as may be in flight; whether a queue may hold more that may be.
     fn serve(&mut self) -> bool {
         let mut more = false;
-        for index in 0..self.rings.len() {
+        // What may be in flight can be used up by one queue, so each is the first one in turn.
+        let (first, count) = (self.first, self.rings.len());
+        self.first = (first + 1) % count.max(1);
+        for index in (0..count).map(|turn| (first + turn) % count) {
             // One round takes no more than a queue can hold, so that each queue has its turn, and commands have theirs.
             let mut turns = self.rings.get(index).and_then(Option::as_ref).map_or(0, Ring::size);
             while !self.free.is_empty() && self.bytes < IN_FLIGHT {
@@ -364,7 +378,8 @@ impl Service {
 
     /// Waits until the kernel has nothing of ours any more.
     fn drain(&mut self) {
-        while self.free.len() < DEPTH {
+        // Not by what is free: a panic may have come between the two.
+        while self.flights.iter().any(Option::is_some) {
             self.submit(1);
             self.reap();
         }

@@ -31,8 +31,16 @@ struct Driver {
 }
 
 impl Driver {
-    /// A disk with two queues on an image whose byte at each place is the number of its sector; `None` without io_uring.
+    /// A disk whose thread runs.
     fn new(more: &str, features: u64) -> Option<Self> {
+        let (mut driver, worker) = Self::without_thread(more)?;
+        driver.thread = Some(worker.start("disk".into(), Arc::new(EndSignal::new().unwrap())).unwrap());
+        driver.start(features);
+        Some(driver)
+    }
+
+    /// A disk with two queues on an image whose byte at each place is the number of its sector; `None` without io_uring.
+    fn without_thread(more: &str) -> Option<(Self, Worker)> {
         let file = tempfile::NamedTempFile::new().unwrap();
         for sector in 0..SECTORS {
             file.as_file().write_all_at(&[sector as u8; 512], sector * 512).unwrap();
@@ -54,12 +62,9 @@ impl Driver {
                 return None;
             }
         };
-        let thread = Some(worker.start("disk".into()).unwrap());
-        let block = Some(block);
-        let mut driver =
-            Self { file, memory, block, thread, kicks: Vec::new(), calls: Vec::new(), made: [0; 2] };
-        driver.start(features);
-        Some(driver)
+        let (block, thread) = (Some(block), None);
+        let driver = Self { file, memory, block, thread, kicks: Vec::new(), calls: Vec::new(), made: [0; 2] };
+        Some((driver, worker))
     }
 
     fn start(&mut self, features: u64) {
@@ -109,6 +114,11 @@ impl Driver {
 
     /// Kicks, and waits by way of interrupts until everything made available has come back.
     fn wait(&self, queue: usize) {
+        // The interrupt that is wanted, where the device looks at that, is the one for the last of them.
+        let available = RINGS + RING_STRIDE * queue as u64 + 0x1000;
+        let last = self.made[queue].wrapping_sub(1);
+        self.memory.write_obj(last, GuestAddress(available + 4 + 2 * u64::from(SIZE))).unwrap();
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
         self.kicks[queue].write(1).unwrap();
         // SAFETY: the event file is open as long as `self`.
         let call = unsafe { BorrowedFd::borrow_raw(self.calls[queue].as_raw_fd()) };
@@ -209,6 +219,45 @@ fn what_the_disk_does_not_allow_is_an_error_and_no_more() {
     assert_eq!(driver.request(VIRTIO_BLK_T_OUT, 1, &[9; 512], false).0, FAILED);
     assert_eq!(driver.bytes(1, 512), [1; 512]);
     assert_eq!(driver.request(VIRTIO_BLK_T_FLUSH, 0, &[], false).0, OK);
+}
+
+#[test]
+fn each_queue_has_its_turn_where_one_takes_all_there_is() {
+    let Some((mut driver, worker)) = Driver::without_thread("") else { return };
+    driver.start(FLUSH);
+    let mut service = Service::new(worker);
+    assert!(service.obey());
+    service.free.truncate(1);
+    for (queue, number) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+        let head = driver.prepare(queue, number, VIRTIO_BLK_T_IN, 0, &[0; 512], true);
+        driver.offer(queue, head);
+    }
+    for used in [(1, 0), (1, 1), (2, 1), (2, 2)] {
+        service.serve();
+        service.drain();
+        assert_eq!((driver.used(0), driver.used(1)), used);
+    }
+}
+
+#[test]
+fn a_thread_that_panics_ends_the_vm() {
+    let end = EndSignal::new().unwrap();
+    end_on_panic("disk7 (/image)", &end, || ());
+    assert_eq!(end.ending(), None);
+    end_on_panic("disk7 (/image)", &end, || panic!("on purpose"));
+    let ending = end.ending().unwrap();
+    assert_eq!(ending.exit_status(), 1);
+    assert!(ending.to_string().contains("the thread of disk7 (/image) panicked"), "{ending}");
+}
+
+#[test]
+fn without_flushes_nothing_is_discarded_or_zeroed() {
+    let Some(mut driver) = Driver::new("", 0) else { return };
+    let range = [&8u64.to_le_bytes()[..], &8u32.to_le_bytes(), &0u32.to_le_bytes()].concat();
+    for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
+        assert_eq!(driver.request(kind, 0, &range, false).0, UNSUPPORTED);
+    }
+    assert_eq!(driver.bytes(8, 512), [8; 512]);
 }
 
 #[test]
