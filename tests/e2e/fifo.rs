@@ -36,7 +36,7 @@ fn spinning() -> Setup {
 /// left are within the promise, pCPU by pCPU. The control spins alike and its guest is busy.
 fn exitless(host: &mut Host, setup: Setup, entries: u64, seconds: f64) -> Result<()> {
     let workloads = vec![Workload::TcpOut, Workload::TcpIn, Workload::TcpRr];
-    let plan = Plan { setup, workloads, windows: 3, seconds, entries: Some(entries), with_bystander: false };
+    let plan = Plan { setup, workloads, windows: 5, seconds, entries: Some(entries), with_bystander: false };
     let measured = measure(host, &plan)?;
     for (workload, load) in plan.workloads.iter().zip(&measured.workloads) {
         let figures = figures::of_load(load, &measured.control, &measured.roles);
@@ -82,13 +82,13 @@ fn exitless(host: &mut Host, setup: Setup, entries: u64, seconds: f64) -> Result
 
 #[test]
 fn no_device_exit_is_left() -> Result<()> {
-    in_emulated_host(|host| exitless(host, spinning(), ENTRIES, 4.0))
+    in_emulated_host(|host| exitless(host, spinning(), ENTRIES, 2.5))
 }
 
 /// With idle application vCPUs that poll for longer than the gaps, the IPIs that wake them go too.
 #[test]
 fn no_wake_up_ipi_is_left_where_the_guest_polls_when_idle() -> Result<()> {
-    in_emulated_host(|host| exitless(host, Setup { halt_poll_us: Some(1_000_000), ..spinning() }, 1000, 3.0))
+    in_emulated_host(|host| exitless(host, Setup { halt_poll_us: Some(1_000_000), ..spinning() }, 1000, 2.0))
 }
 
 /// An entry that is never written cannot be found by looking at the ring: only the overdue signal delivers.
