@@ -49,6 +49,8 @@ pub enum Ending {
         /// What KVM said.
         reason: String,
     },
+    /// The thread of a disk panicked.
+    LostDisk(String),
 }
 
 impl Ending {
@@ -57,7 +59,7 @@ impl Ending {
         match self {
             Self::PowerOff | Self::Reboot | Self::Asked => 0,
             Self::Signal(number) => 128u8.saturating_add(u8::try_from(*number).unwrap_or(127)),
-            Self::TripleFault { .. } | Self::Failed { .. } => 1,
+            Self::TripleFault { .. } | Self::Failed { .. } | Self::LostDisk(_) => 1,
         }
     }
 }
@@ -72,6 +74,7 @@ impl fmt::Display for Ending {
             Self::TripleFault { vcpu } => {
                 write!(f, "vCPU {vcpu} triple-faulted: the guest crashed; look at its console output")
             }
+            Self::LostDisk(disk) => write!(f, "the thread of {disk} panicked; this is a bug"),
             Self::Failed { vcpu, reason } => write!(f, "vCPU {vcpu} cannot go on: {reason}"),
         }
     }

@@ -99,9 +99,7 @@ impl Worker {
 /// A disk that is gone must end the VM, or the guest would wait for it for ever.
 fn end_on_panic(disk: &str, end: &EndSignal, serve: impl FnOnce()) {
     if panic::catch_unwind(AssertUnwindSafe(serve)).is_err() {
-        let reason = format!("the thread of {disk} panicked; this is a bug");
-        // The first vCPU stands for all of them: none can do without its disk.
-        end.give(Ending::Failed { vcpu: 0, reason });
+        end.give(Ending::LostDisk(disk.to_owned()));
     }
 }
 
