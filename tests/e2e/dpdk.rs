@@ -1,7 +1,7 @@
 //! Our VMM with DPDK's vhost-user backend, net_vhost, which testpmd connects to the wire's TAP.
 
 use anyhow::{Result, ensure};
-use ivcpu_lab::in_host::flow::{exchange, wait_for_more};
+use ivcpu_lab::in_host::flow::{move_both_ways, wait_for_more};
 use ivcpu_lab::in_host::testpmd::{Testpmd, TestpmdConfig};
 use ivcpu_lab::in_host::{Cable, Setup, TAP, Testbed, Wire};
 use ivcpu_lab::provision::Provision;
@@ -36,7 +36,7 @@ fn our_vmm_moves_checked_bytes_through_net_vhost_and_each_outlives_the_other() -
         let testpmd = forward()?;
         let setup = Setup { queue_pairs: QUEUE_PAIRS, ..Setup::default() };
         let mut testbed = Testbed::with_foreign_backend(host, &setup, socket.clone(), wire)?;
-        exchange(&mut testbed, QUEUE_PAIRS)?;
+        move_both_ways(&mut testbed, QUEUE_PAIRS, 0)?;
 
         let traffic = Traffic::new(Workload::TcpIn);
         let wire_end = testbed.wire.listen(traffic)?;
@@ -51,7 +51,7 @@ fn our_vmm_moves_checked_bytes_through_net_vhost_and_each_outlives_the_other() -
         let replaced = testbed.replace_vm(host);
         drop(wire_end);
         let mut testbed = replaced?;
-        exchange(&mut testbed, QUEUE_PAIRS)?;
+        move_both_ways(&mut testbed, QUEUE_PAIRS, 0)?;
         ensure!(testbed.vm.power_off()?.success());
         testpmd.quit()
     })

@@ -1,7 +1,9 @@
 //! What a VM is made of, and how it runs to its end. Wiring only: each part is a module of its own.
 
+mod error;
+mod options;
+
 use std::io;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,32 +15,31 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::affinity::refresh::Refresh;
 use crate::affinity::{self, HostIrqs, IrqSource};
-use crate::api::{self, Api};
+use crate::api::Api;
 use crate::boot::{Entry, acpi, cpuid, kernel, mtrr, registers, reset_vector};
 use crate::chain::Chain;
 use crate::devices::Devices;
 use crate::exits::{self, lifetime::Lifetime};
-use crate::fifo::{self, Fifo};
-use crate::gsi::{self, KvmRouter, MessageRouter};
-use crate::ivcpu::{self, IvcpuOptions};
+use crate::fifo::Fifo;
+use crate::gsi::{KvmRouter, MessageRouter};
+use crate::ivcpu;
 use crate::ivshmem::{self, Ivshmem};
 use crate::kvm;
-use crate::memory::{self, FreeSlots, GuestMemory, MemoryOptions};
+use crate::memory::{self, FreeSlots, GuestMemory};
 use crate::pause::Gate;
-use crate::pci::bus::{self, Bus};
-use crate::pci::window::{self, Window};
+use crate::pci::bus::Bus;
+use crate::pci::window::Window;
 use crate::pin;
-use crate::placement::{self, Placement, VcpuThread};
+use crate::placement::{Placement, VcpuThread};
 use crate::power::{self, EndSignal, Ending, PowerButton};
-use crate::sandbox::{self, Role, SandboxOptions, landlock};
+use crate::sandbox::{self, Role, landlock};
 use crate::serial::{self, SerialMode};
 use crate::signals::{self, EndWatch};
 use crate::slot::KvmSlot;
 use crate::terminal::RawMode;
-use crate::vcpu::{self, CpusOptions, Running, Vcpu};
+use crate::vcpu::{self, Running, Vcpu};
 use crate::vfio::attach::{self, attach};
 use crate::vfio::function::Windows;
-use crate::vfio::options::DeviceOptions;
 use crate::vfio::sysfs::Sysfs;
 use crate::virtio;
 use crate::virtio::block::image::Image;
@@ -47,136 +48,16 @@ use crate::virtio::block::worker::Worker;
 use crate::virtio::block::{self, Block};
 use crate::virtio::console::{Console, ConsoleMode};
 use crate::virtio::net_options::NetOptions;
-use crate::virtio::rng::{self, Rng, RngOptions};
-use crate::virtio::session;
+use crate::virtio::rng::Rng;
 use crate::virtio::transport::{self, KickRouter, Transport, Wiring};
 use crate::virtio::vhost_user_net::VhostUserNet;
+
+pub use error::Error;
+pub use options::MachineOptions;
 
 /// How long vCPU threads may take to leave the guest. One that is stuck writing to a blocked console is left behind;
 /// the end of the process takes it along.
 const STOP_WITHIN: Duration = Duration::from_secs(2);
-
-/// Everything that describes a VM.
-#[derive(Debug, Clone)]
-pub struct MachineOptions {
-    /// The kernel and what comes with it.
-    pub kernel: kernel::KernelOptions,
-    /// RAM.
-    pub memory: MemoryOptions,
-    /// Application vCPUs.
-    pub cpus: CpusOptions,
-    /// The IVCPU, if there is one.
-    pub ivcpu: Option<IvcpuOptions>,
-    /// Network devices.
-    pub net: Vec<NetOptions>,
-    /// Disks.
-    pub disks: Vec<DiskOptions>,
-    /// The host's PCI functions that are passed through.
-    pub devices: Vec<DeviceOptions>,
-    /// The serial port.
-    pub serial: SerialMode,
-    /// The second console.
-    pub console: ConsoleMode,
-    /// The entropy device.
-    pub rng: RngOptions,
-    /// Whether and how the VM's exits are counted and printed when it ends.
-    pub exits: Option<exits::lifetime::Format>,
-    /// Where the API is served.
-    pub api_socket: Option<PathBuf>,
-    /// How the VMM is confined.
-    pub sandbox: SandboxOptions,
-}
-
-/// What can go wrong before a VM runs.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// KVM.
-    #[error(transparent)]
-    Kvm(#[from] kvm::Error),
-    /// The boot files.
-    #[error(transparent)]
-    Kernel(#[from] kernel::Error),
-    /// Guest memory.
-    #[error(transparent)]
-    Memory(#[from] memory::Error),
-    /// The ACPI tables.
-    #[error(transparent)]
-    Acpi(#[from] acpi::Error),
-    /// The code at the reset vector.
-    #[error("cannot write the reset vector to guest memory")]
-    ResetVector(#[source] vm_memory::GuestMemoryError),
-    /// CPUID.
-    #[error(transparent)]
-    Cpuid(#[from] cpuid::Error),
-    /// MSRs.
-    #[error(transparent)]
-    Mtrr(#[from] mtrr::Error),
-    /// Start registers.
-    #[error(transparent)]
-    Registers(#[from] registers::Error),
-    /// The serial port.
-    #[error(transparent)]
-    Serial(#[from] serial::Error),
-    /// Interrupt lines.
-    #[error(transparent)]
-    Gsi(#[from] gsi::Error),
-    /// A vhost-user backend.
-    #[error(transparent)]
-    Session(#[from] session::Error),
-    /// A virtio device.
-    #[error(transparent)]
-    Transport(#[from] transport::Error),
-    /// A disk.
-    #[error(transparent)]
-    Block(#[from] block::Error),
-    /// The entropy device.
-    #[error(transparent)]
-    Rng(#[from] rng::Error),
-    /// One terminal for two.
-    #[error("--serial tty and --console tty both want the terminal; say --serial null, or off, as well")]
-    TwoTerminals,
-    /// Too many devices.
-    #[error(transparent)]
-    Bus(#[from] bus::Full),
-    /// No place for a BAR.
-    #[error(transparent)]
-    Window(#[from] window::Full),
-    /// A passed-through function.
-    #[error(transparent)]
-    Attach(#[from] attach::Error),
-    /// The FIFO region.
-    #[error(transparent)]
-    Fifo(#[from] fifo::Error),
-    /// pCPUs.
-    #[error(transparent)]
-    Pin(#[from] pin::Error),
-    /// vCPUs that cannot run where they are wanted.
-    #[error(transparent)]
-    Placement(#[from] placement::Error),
-    /// The host's interrupts.
-    #[error(transparent)]
-    HostIrqs(#[from] affinity::Error),
-    /// The count of exits.
-    #[error(transparent)]
-    Exits(#[from] exits::Error),
-    /// The API's socket.
-    #[error(transparent)]
-    Api(#[from] api::socket::Error),
-    /// The sandbox.
-    #[error(transparent)]
-    Sandbox(#[from] sandbox::Error),
-    /// Signals, threads and event files of the VMM itself.
-    #[error("cannot {step}")]
-    System {
-        /// What was being done.
-        step: &'static str,
-        /// The error.
-        source: io::Error,
-    },
-    /// The event loop.
-    #[error("the event loop of the VMM failed: {0:?}")]
-    Events(event_manager::Error),
-}
 
 /// Who has the terminal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

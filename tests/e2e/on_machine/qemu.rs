@@ -2,7 +2,7 @@
 //! host, it is in e2e/qemu.rs.)
 
 use anyhow::{Context, Result, ensure};
-use ivcpu_lab::in_host::flow::{exchange, survive_killed_backends, survive_pauses, wait_for_more};
+use ivcpu_lab::in_host::flow::{move_both_ways, survive_killed_backends, survive_pauses, wait_for_more};
 use ivcpu_lab::in_host::{Host, Setup, Testbed, Vmm};
 use ivcpu_lab::result::Mode;
 use ivcpu_lab::traffic::{Traffic, Workload};
@@ -23,19 +23,19 @@ fn a_guest_is_stopped_unplugged_reset_and_replaced_and_its_backend_killed() -> R
         survive_killed_backends(&mut testbed, host).context("the backend killed")?;
         testbed.unplug_nic()?;
         testbed.plug_nic()?;
-        exchange(&mut testbed, QUEUE_PAIRS).context("unplugged and plugged again")?;
+        move_both_ways(&mut testbed, QUEUE_PAIRS, 0).context("unplugged and plugged again")?;
         testbed.vm.reset()?;
         testbed.vm.bring_up_network(QUEUE_PAIRS)?;
-        exchange(&mut testbed, QUEUE_PAIRS).context("reset")?;
+        move_both_ways(&mut testbed, QUEUE_PAIRS, 0).context("reset")?;
         let mut testbed = is_killed_amid_traffic(testbed, host)?;
-        exchange(&mut testbed, QUEUE_PAIRS).context("replaced")?;
+        move_both_ways(&mut testbed, QUEUE_PAIRS, 0).context("replaced")?;
         ensure!(testbed.vm.power_off()?.success());
         Ok(())
     })
 }
 
 fn both_queue_pairs_carry(testbed: &mut Testbed) -> Result<()> {
-    exchange(testbed, CONNECTIONS)?;
+    move_both_ways(testbed, CONNECTIONS, 0)?;
     let stats = testbed.backend.as_ref().context("the backend")?.stats()?;
     ensure!(stats.queues.len() == 4 && stats.queues.iter().all(|queue| queue.packets > 0), "{stats:?}");
     ensure!(stats.total(|queue| queue.dropped) == 0, "{stats:?}");
