@@ -297,7 +297,7 @@ fn an_idle_ivcpu_sleeps_and_wakes_for_the_first_packet() -> Result<()> {
             ensure!(module_state(&mut testbed.vm)? == "sleeping", "round {round}: not asleep after a second");
             let thread = thread_seconds(&mut testbed, ivcpu)?;
             let (begin, used) = (Instant::now(), ivcpu_seconds(&testbed)?);
-            sleep(Duration::from_secs(5));
+            sleep(Duration::from_secs(3));
             let seconds = begin.elapsed().as_secs_f64();
             vcpu_shares.push((ivcpu_seconds(&testbed)? - used) / seconds);
             let share = (thread_seconds(&mut testbed, ivcpu)? - thread) / seconds;

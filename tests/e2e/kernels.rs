@@ -11,7 +11,7 @@ use ivcpu_lab::trial::in_emulated_host_with_guest;
 
 fn boots_and_moves_traffic(host: &Host, kernel: Kernel) -> Result<()> {
     let mut testbed = Testbed::start(host, &Setup { kernel, mode: Mode::Fifo, ..Setup::default() })?;
-    move_both_ways(&mut testbed, 1, 2)?;
+    move_both_ways(&mut testbed, 1, 1)?;
     let counters = module_counters(&mut testbed.vm)?;
     ensure!(counters.entries > 100 && counters.delivered > 0, "{counters:?}");
     remove_module(&mut testbed.vm)?;

@@ -22,7 +22,7 @@ fn qemu(carrier: Carrier) -> Setup {
 fn under_stock_qemu(host: &Host, carrier: Carrier) -> Result<()> {
     let mut testbed = Testbed::start(host, &qemu(carrier))?;
     let (interrupts, before) = (testbed.vm.interrupts()?, module_counters(&mut testbed.vm)?);
-    move_both_ways(&mut testbed, 1, 3)?;
+    move_both_ways(&mut testbed, 1, 2)?;
     let after = module_counters(&mut testbed.vm)?;
     let irqs = queue_interrupts(&interrupts, &testbed.vm.interrupts()?, testbed.ivcpu())?;
     let entries = after.entries - before.entries;

@@ -51,11 +51,11 @@ fn an_interface_sleeps_goes_down_and_changes_under_the_module() -> Result<()> {
             ..Setup::default()
         };
         let mut testbed = Testbed::start(host, &setup)?;
-        move_both_ways(&mut testbed, 1, 3)?;
+        move_both_ways(&mut testbed, 1, 1)?;
         falls_asleep(&mut testbed)?;
         let (sleeps, before) = (polled(&mut testbed.vm)?.sleeps, polls(&mut testbed)?);
         ensure!(sleeps > 0, "the contexts were never given back");
-        move_both_ways(&mut testbed, 1, 3).context("after a pause")?;
+        move_both_ways(&mut testbed, 1, 1).context("after a pause")?;
         ensure!(polls(&mut testbed)? > before, "not polled after a pause");
         falls_asleep(&mut testbed)?;
         ensure!(polled(&mut testbed.vm)?.sleeps > sleeps, "given back only once");

@@ -130,7 +130,8 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             let workspace = Workspace::locate()?;
             // What is tested is built while what it needs is fetched.
             thread::scope(|scope| {
-                let build = scope.spawn(|| workspace.build());
+                let build =
+                    scope.spawn(|| workspace.build().and_then(|()| workspace.build_tests(&arguments)));
                 provision(&workspace, Kernel::value_variants())?;
                 let more = Provision::new(&workspace);
                 more.browser()?;

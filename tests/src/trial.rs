@@ -20,8 +20,9 @@ use crate::workspace::Workspace;
 const INSIDE: &str = "IVCPU_LAB_INSIDE";
 /// Emulated hosts that one test may lose.
 const REPLACEMENTS: u32 = 2;
-/// What ivcpu-vmm says of such a guest.
-const TRIPLE_FAULT: &str = "triple-faulted";
+/// What is said of a guest that crashed, by ivcpu-vmm and by the guest's kernel.
+const GUEST_CRASHES: [&str; 2] =
+    ["triple-faulted", "Kernel panic - not syncing: Fatal exception in interrupt"];
 /// Longest a test may take inside.
 const DEADLINE: Duration = Duration::from_secs(600);
 
@@ -82,8 +83,8 @@ fn prepared<T>(
 }
 
 /// Runs `body`, a closure written in a test function, inside the emulated host. A host that gets stuck or dies is replaced,
-/// twice at most, and the test run again; so is one in which a guest triple-faulted, which the emulator makes guests of any VMM
-/// do once in some ten to twenty starts. A test that fails otherwise is run once more, in a fresh host: the emulator's faults also
+/// twice at most, and the test run again; so is one in which a guest triple-faulted or its kernel died in an interrupt, which the emulator
+/// makes guests of any VMM do once in some ten to twenty starts, and its own kernel too. A test that fails otherwise is run once more, in a fresh host: the emulator's faults also
 /// show as a guest that stands still. Every failure is printed; a test that fails twice, or crashes its guest each time, has failed.
 pub fn in_emulated_host<F>(body: F) -> anyhow::Result<()>
 where
@@ -125,6 +126,11 @@ where
     })
 }
 
+fn is_guest_crash(error: &anyhow::Error) -> bool {
+    let said = format!("{error:#}");
+    GUEST_CRASHES.iter().any(|crash| said.contains(crash))
+}
+
 /// Tries the test `name` until it passes, or fails in a way, or as often, as the emulator does not.
 fn until_it_is_the_tests_fault<T>(
     name: &str,
@@ -140,7 +146,7 @@ fn until_it_is_the_tests_fault<T>(
         match error.downcast_ref() {
             // The emulator's fault, not the test's: it stands still, or died of an assertion of its own.
             Some(Error::Stuck { .. } | Error::Gone(_)) if lost < REPLACEMENTS => lost += 1,
-            None if lost < REPLACEMENTS && format!("{error:#}").contains(TRIPLE_FAULT) => lost += 1,
+            None if lost < REPLACEMENTS && is_guest_crash(&error) => lost += 1,
             None if !failed => failed = true,
             _ => return Err(error),
         }

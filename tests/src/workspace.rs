@@ -100,6 +100,13 @@ impl Workspace {
         self.cargo(build.into_iter().chain(packages), "ivcpu-backend, ivcpu-vmm")
     }
 
+    /// Builds what [`Self::test`] runs.
+    pub fn build_tests(&self, arguments: &[String]) -> Result<(), Error> {
+        // What follows "--" is for the test programs.
+        let ours = arguments.iter().map(String::as_str).take_while(|argument| *argument != "--");
+        self.cargo(["test", "--workspace", "--no-run"].into_iter().chain(ours), "the tests")
+    }
+
     /// Runs every test, past failures: a run that boots kernels is too long to learn of one failure at a time.
     pub fn test(&self, arguments: &[String]) -> Result<(), Error> {
         let command =
