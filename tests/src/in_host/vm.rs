@@ -178,10 +178,11 @@ impl Vm {
     pub fn request(&mut self, request: &Request) -> anyhow::Result<Answer> {
         let mut line = serde_json::to_vec(request)?;
         line.push(b'\n');
-        self.input
-            .write_all(&line)
-            .and_then(|()| self.input.flush())
-            .context("writing to the serial line")?;
+        if let Err(error) = self.input.write_all(&line).and_then(|()| self.input.flush()) {
+            // How the VMM ended says more.
+            self.answer(ANSWER).with_context(|| format!("asking the guest for {request:?}"))?;
+            return Err(error).context("writing to the serial line");
+        }
         match self.answer(ANSWER).with_context(|| format!("asking the guest for {request:?}"))? {
             Answer::Failed(why) => bail!("in the guest: {why}"),
             answer => Ok(answer),

@@ -109,7 +109,7 @@ impl Kernel {
 pub struct KernelFiles {
     /// The bzImage.
     pub image: PathBuf,
-    /// The same kernel unpacked, which boots sooner: of the one that the emulated host and most of its guests run. The
+    /// The same kernel unpacked, which boots sooner: of the one that most guests run. The
     /// others are booted as they are.
     pub vmlinux: Option<PathBuf>,
     /// `lib/modules/RELEASE`.
