@@ -394,7 +394,7 @@ fn damage_and_a_second_consumer_cost_no_connection() -> Result<()> {
         testbed.vm.start_traffic(traffic)?;
         // Offsets as docs/fifo-abi.md has them: state, hints, summary, then ring 0.
         for (offset, length) in
-            [(0x80, 4), (0x100, 4), (0x180, 8), (0x1000, 4), (0x1400, 1024), (0x1800, 2048), (0x2000, 2048)]
+            [(0x80, 4), (0x100, 4), (0x180, 8), (0x1000, 4), (0x1400, 1024), (0x2000, 2048)]
         {
             for byte in [0xff, 0x00, 0x55] {
                 scribble(&region, offset, &vec![byte; length])?;
@@ -402,7 +402,11 @@ fn damage_and_a_second_consumer_cost_no_connection() -> Result<()> {
                     .with_context(|| format!("after {byte:#x} over {length} bytes at {offset:#x}"))?;
             }
         }
-        // The bindings are gone, so completions come late until the queues are announced anew.
+        // Without the bindings completions are dropped, until the queues are announced anew.
+        for byte in [0xff, 0x00, 0x55] {
+            scribble(&region, 0x1800, &[byte; 2048])?;
+            sleep(Duration::from_millis(300));
+        }
         testbed.kill_backend()?;
         testbed.restart_backend(host)?;
         remove_module(&mut testbed.vm)?;
