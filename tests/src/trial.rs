@@ -20,9 +20,9 @@ use crate::workspace::Workspace;
 const INSIDE: &str = "IVCPU_LAB_INSIDE";
 /// Emulated hosts that one test may lose.
 const REPLACEMENTS: u32 = 2;
-/// What is said of a guest that crashed, by ivcpu-vmm and by the guest's kernel.
-const GUEST_CRASHES: [&str; 2] =
-    ["triple-faulted", "Kernel panic - not syncing: Fatal exception in interrupt"];
+/// What is said of a guest that crashed, by ivcpu-vmm, by QEMU and by the guest's kernel.
+const GUEST_CRASHES: [&str; 3] =
+    ["triple-faulted", "guest-reset", "Kernel panic - not syncing: Fatal exception in interrupt"];
 /// Longest a test may take inside.
 const DEADLINE: Duration = Duration::from_secs(600);
 
