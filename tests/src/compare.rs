@@ -24,6 +24,8 @@ use crate::result::{Backend, CaseKey, CaseResult, Figures, HostFacts, Mode, Path
 use crate::traffic::Workload;
 use crate::workspace::Workspace;
 
+/// How often a case that failed is measured again.
+const AGAIN: u32 = 2;
 /// How often one comparison may start a stuck emulated host anew.
 const RESTARTS: u32 = 3;
 
@@ -85,8 +87,9 @@ pub fn compare(workspace: &Workspace, options: &CompareOptions) -> anyhow::Resul
     for plan in &plans {
         matrix.next(&describe(plan));
         let mut measured = place.measure(plan);
-        if let Err(error) = &measured {
-            // A guest that the emulator lost is no figure; one that fails twice is.
+        for _ in 0..AGAIN {
+            // A guest that the emulator lost is no figure; one that always fails is.
+            let Err(error) = &measured else { break };
             progress::line(&format!("lab:   failed, once more: {error:#}"));
             measured = place.measure(plan);
         }
@@ -180,7 +183,8 @@ impl<'a> Place<'a> {
             };
             match measure_inside(&mut running, plan) {
                 Ok(outcome) => {
-                    *host = Some(running);
+                    // After a failure the far end of the cable may still be held by what was left behind.
+                    *host = outcome.is_ok().then_some(running);
                     return outcome;
                 }
                 Err(error) if *restarts < RESTARTS => {
