@@ -224,19 +224,8 @@ impl Port {
     }
 
     /// Feeds `input` to the guest until it ends; blocks while the guest does not read.
-    pub fn feed(&self, mut input: impl Read) {
-        let mut bytes = [0u8; 64];
-        loop {
-            match input.read(&mut bytes) {
-                Ok(0) => return,
-                Ok(count) => self.feed_bytes(&bytes[..count]),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    tracing::warn!("the console hears nothing more: cannot read standard input: {error}");
-                    return;
-                }
-            }
-        }
+    pub fn feed(&self, input: impl Read) {
+        hand_on(input, |bytes| self.feed_bytes(bytes));
     }
 
     fn feed_bytes(&self, mut bytes: &[u8]) {
@@ -247,6 +236,22 @@ impl Port {
                 Ok(0) => return,
                 Ok(count) => bytes = &bytes[count..],
                 Err(_) => uart = self.room.wait(uart).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+}
+
+/// Hands a console what `input` has, piece by piece, until it ends.
+pub(crate) fn hand_on(mut input: impl Read, mut take: impl FnMut(&[u8])) {
+    let mut bytes = [0; 256];
+    loop {
+        match input.read(&mut bytes) {
+            Ok(0) => return,
+            Ok(count) => take(&bytes[..count]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => {
+                tracing::warn!("the console hears nothing more: cannot read standard input: {error}");
+                return;
             }
         }
     }

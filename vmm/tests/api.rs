@@ -8,7 +8,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use guest::{CHATTER, Vmm, has_kvm, image, wait_until};
+use guest::kernel::{has_kvm, image};
+use guest::{CHATTER, Vmm, wait_until};
 
 /// A chattering guest with an API socket.
 struct Served {

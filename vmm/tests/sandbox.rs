@@ -6,7 +6,8 @@ use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::sync::{Mutex, PoisonError};
 
-use guest::{CHATTER, Vmm, has_kvm, image, wait_until};
+use guest::kernel::{has_kvm, image};
+use guest::{CHATTER, Vmm, wait_until};
 use ivcpu_vmm::sandbox::{self, Role, SandboxOptions, Seccomp, violation};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};

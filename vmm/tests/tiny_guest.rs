@@ -2,11 +2,14 @@
 //!
 //! They need /dev/kvm and say so where there is none. A software KVM is enough.
 
-use std::fs::OpenOptions;
+#[path = "guest/kernel.rs"]
+mod kernel;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use kernel::{has_kvm, image};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::termios::{LocalFlags, tcgetattr};
 use nix::unistd::Pid;
@@ -81,23 +84,6 @@ mod code {
     pub(super) const SLEEP: [u8; 4] = [0xfa, 0xf4, 0xeb, 0xfd];
 }
 
-/// A bzImage whose kernel is `code`.
-fn image(code: &[u8]) -> tempfile::NamedTempFile {
-    let mut bytes = vec![0u8; 1024 + 0x200];
-    bytes[0x1f1] = 1; // one setup sector
-    bytes[0x202..0x206].copy_from_slice(b"HdrS");
-    bytes[0x206..0x208].copy_from_slice(&0x020fu16.to_le_bytes());
-    bytes[0x211] = 1; // loaded high
-    bytes[0x22c..0x230].copy_from_slice(&0x7fff_ffffu32.to_le_bytes()); // highest initrd address
-    bytes[0x236..0x238].copy_from_slice(&1u16.to_le_bytes()); // 64-bit entry
-    bytes[0x238..0x23c].copy_from_slice(&2047u32.to_le_bytes()); // longest command line
-    bytes.extend(code);
-    bytes.resize(1024 + 0x2000, 0xf4);
-    let mut file = tempfile::NamedTempFile::new().unwrap();
-    file.write_all(&bytes).unwrap();
-    file
-}
-
 /// An ELF kernel with a PVH entry point, whose segment at 16 MiB is `code`.
 fn elf(code: &[u8]) -> tempfile::NamedTempFile {
     const ENTRY: u64 = 16 << 20;
@@ -123,16 +109,6 @@ fn vmm() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ivcpu-vmm"));
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
-}
-
-/// Whether there is a KVM to run guests with; says so if not.
-fn has_kvm(test: &str) -> bool {
-    let there = OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
-    if !there {
-        // Not through the test harness, which would swallow it.
-        let _ = writeln!(std::io::stderr(), "SKIPPED {test}: no usable /dev/kvm");
-    }
-    there
 }
 
 fn boot(code: &[u8], more: &[&str]) -> Output {

@@ -86,19 +86,8 @@ impl Console {
     }
 
     /// Feeds `input` to the guest until it ends; blocks while the guest does not read.
-    pub fn feed(&self, mut input: impl Read) {
-        let mut bytes = [0; 256];
-        loop {
-            match input.read(&mut bytes) {
-                Ok(0) => return,
-                Ok(count) => self.feed_bytes(&bytes[..count]),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    tracing::warn!("the console hears nothing more: cannot read standard input: {error}");
-                    return;
-                }
-            }
-        }
+    pub fn feed(&self, input: impl Read) {
+        serial::hand_on(input, |bytes| self.feed_bytes(bytes));
     }
 
     fn feed_bytes(&self, mut bytes: &[u8]) {

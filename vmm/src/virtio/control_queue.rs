@@ -12,12 +12,11 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_ALLMULTI,
     VIRTIO_NET_CTRL_RX_PROMISC, VIRTIO_NET_ERR, VIRTIO_NET_OK,
 };
-use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue as SplitQueue, QueueT};
-use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Queue;
+use super::ring::split_queue;
 use crate::memory::GuestMemory;
 
 /// Entries of the queue.
@@ -72,13 +71,7 @@ pub struct ControlQueue {
 impl ControlQueue {
     /// Serves the queue that the driver set up.
     pub fn new(set_up: &Queue, features: u64) -> Result<Self, virtio_queue::Error> {
-        let mut queue = SplitQueue::new(SIZE)?;
-        queue.try_set_size(set_up.size)?;
-        queue.try_set_desc_table_address(GuestAddress(set_up.descriptors))?;
-        queue.try_set_avail_ring_address(GuestAddress(set_up.available))?;
-        queue.try_set_used_ring_address(GuestAddress(set_up.used))?;
-        queue.set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
-        queue.set_ready(true);
+        let queue = split_queue(SIZE, set_up, features)?;
         let call = set_up.call.try_clone().map_err(|_| virtio_queue::Error::QueueNotReady)?;
         Ok(Self { queue, call })
     }
@@ -120,7 +113,7 @@ impl ControlQueue {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use vm_memory::Bytes;
+    use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
 

@@ -24,16 +24,22 @@ pub struct Ring {
     used: bool,
 }
 
+/// The crate's queue for one of at most `largest` entries that the driver set up, with the features it agreed to.
+pub(super) fn split_queue(largest: u16, set_up: &Queue, features: u64) -> Result<SplitQueue, Error> {
+    let mut queue = SplitQueue::new(largest)?;
+    queue.try_set_size(set_up.size)?;
+    queue.try_set_desc_table_address(GuestAddress(set_up.descriptors))?;
+    queue.try_set_avail_ring_address(GuestAddress(set_up.available))?;
+    queue.try_set_used_ring_address(GuestAddress(set_up.used))?;
+    queue.set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
+    queue.set_ready(true);
+    Ok(queue)
+}
+
 impl Ring {
     /// The ring that the driver set up, with the features it agreed to.
     pub fn new(set_up: Queue, features: u64) -> Result<Self, Error> {
-        let mut queue = SplitQueue::new(set_up.size)?;
-        queue.try_set_size(set_up.size)?;
-        queue.try_set_desc_table_address(GuestAddress(set_up.descriptors))?;
-        queue.try_set_avail_ring_address(GuestAddress(set_up.available))?;
-        queue.try_set_used_ring_address(GuestAddress(set_up.used))?;
-        queue.set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
-        queue.set_ready(true);
+        let queue = split_queue(set_up.size, &set_up, features)?;
         Ok(Self { queue, index: set_up.index, kick: set_up.kick, call: set_up.call, used: false })
     }
 
