@@ -216,7 +216,7 @@ impl Machine {
     pub fn run(mut self) -> Result<Ending, Error> {
         vcpu::install_signal_handler().map_err(system("install the vCPU signal handler"))?;
         // Its folder in tracefs has to be made while folders can be.
-        let counting = self.exits.map(Lifetime::start).transpose()?;
+        let counting = self.exits.map(Lifetime::start).transpose()?.map(Arc::new);
         // Open for as long as the rules are to hold: landlock knows files by their inodes, and those of /proc are forgotten
         // when nobody has them.
         let _ruled = self.needs.as_ref().map(landlock::restrict).transpose()?;
@@ -261,7 +261,7 @@ impl Machine {
 
         let api = self.api.take().map(|api| {
             let (gate, end) = (Arc::clone(&self.gate), Arc::clone(&self.end));
-            api.serve(&self.vcpus, gate, end, self.button.clone())
+            api.serve(&self.vcpus, gate, end, self.button.clone(), counting.clone())
         });
         // The socket's file, removed on return.
         let _socket = api.transpose().map_err(system("start the API thread"))?;
@@ -293,7 +293,7 @@ impl Machine {
                 Err(error) => break Err(Error::Events(error)),
             }
         };
-        let report = counting.as_ref().map(Lifetime::report);
+        let report = counting.as_deref().map(Lifetime::report);
         // A vCPU that did not stop may be the one that holds the console.
         if stop(running, &self.gate)
             && let Some(port) = &self.devices.serial

@@ -20,6 +20,7 @@ use std::sync::atomic::AtomicBool;
 use std::thread;
 
 use crate::exits::VcpuStats;
+use crate::exits::lifetime::Lifetime;
 use crate::machine::MachineOptions;
 use crate::pause::Gate;
 use crate::power::{EndSignal, PowerButton};
@@ -51,10 +52,11 @@ impl Api {
         gate: Arc<Gate>,
         end: Arc<EndSignal>,
         button: PowerButton,
+        exits: Option<Arc<Lifetime>>,
     ) -> io::Result<SocketFile> {
         let Self { listener, file, config, memory } = self;
         let (counters, shutdown) = (counters(vcpus), AtomicBool::new(false));
-        let control = Control { config, memory, gate, end, button, counters, shutdown };
+        let control = Control { config, memory, gate, end, button, counters, exits, shutdown };
         thread::Builder::new().name("api".into()).spawn(move || {
             sandbox::enter_or_exit(Role::Api);
             accept(&listener, &control);

@@ -9,7 +9,9 @@ use serde::Serialize;
 
 use super::http::{Answer, Method};
 use super::info::VmConfig;
-use crate::exits::{Counters, VcpuStats};
+use crate::chain::Chain;
+use crate::exits::lifetime::Lifetime;
+use crate::exits::{self, Counters, Row, VcpuStats};
 use crate::pause::{self, Gate};
 use crate::power::{EndSignal, Ending, PowerButton};
 
@@ -30,6 +32,8 @@ pub struct Control {
     pub button: PowerButton,
     /// KVM's counters by the vCPUs' names; none on a kernel before 5.14.
     pub counters: BTreeMap<String, VcpuStats>,
+    /// The exits by pCPU and row, with `--exits`.
+    pub exits: Option<Arc<Lifetime>>,
     /// Whether the VM's end was asked for.
     pub shutdown: AtomicBool,
 }
@@ -57,6 +61,17 @@ impl Control {
         }
     }
 
+    /// KVM's counters of `vcpu0` and so on, and those of `pcpu3` and so on by the rows of the exit table.
+    fn counters(&self) -> Result<BTreeMap<String, Counters>, exits::Error> {
+        let of_vcpus = self.counters.iter().map(|(name, stats)| (name.clone(), stats.counters()));
+        let pcpus = self.exits.as_ref().map(|exits| exits.pcpus()).transpose()?.flatten();
+        let of_pcpus = pcpus.into_iter().flatten().map(|(pcpu, rows)| {
+            let counters = Row::ALL.map(|row| (row.name().to_owned(), rows.count(row)));
+            (format!("pcpu{pcpu}"), counters.into())
+        });
+        Ok(of_vcpus.chain(of_pcpus).collect())
+    }
+
     /// Does what a request asks for.
     pub fn answer(&self, method: Method, path: &str) -> Answer {
         use Method::{Get, Put};
@@ -73,10 +88,10 @@ impl Control {
                 state: if self.gate.is_paused() { "Paused" } else { "Running" },
                 memory_actual_size: self.memory,
             }),
-            (Get, "vm.counters") => {
-                let read = |(name, stats): (&String, &VcpuStats)| (name.clone(), stats.counters());
-                Answer::json(&self.counters.iter().map(read).collect::<BTreeMap<String, Counters>>())
-            }
+            (Get, "vm.counters") => match self.counters() {
+                Ok(counters) => Answer::json(&counters),
+                Err(error) => Answer::error(500, &format!("cannot count exits: {}", Chain(&error))),
+            },
             // The VM's end is the VMM's here.
             (Put, "vm.shutdown" | "vmm.shutdown") => {
                 self.shutdown.store(true, Ordering::SeqCst);
@@ -132,6 +147,7 @@ mod tests {
             end: Arc::new(EndSignal::new().unwrap()),
             button: PowerButton::new().unwrap(),
             counters: BTreeMap::new(),
+            exits: None,
             shutdown: AtomicBool::new(false),
         }
     }

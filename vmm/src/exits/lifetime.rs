@@ -1,8 +1,9 @@
 //! `--exits`: counts the exits of this process's own VM from its first instruction to its end.
 
+use std::collections::BTreeMap;
 use std::str::FromStr;
 
-use super::{Counter, Error, Snapshot};
+use super::{Counter, Error, Rows, Snapshot};
 
 /// How the count is printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +39,11 @@ impl Lifetime {
         let counter = Counter::start(std::process::id() as i32)?;
         let before = counter.snapshot()?;
         Ok(Self { counter, before, format })
+    }
+
+    /// The exits so far by pCPU and row; `None` where nothing may be traced. Opens no file.
+    pub fn pcpus(&self) -> Result<Option<BTreeMap<u32, Rows>>, Error> {
+        self.counter.pcpus()
     }
 
     /// The count, ready to print. Call while the vCPU threads are still there: they are told by their names.

@@ -15,6 +15,7 @@ mod trace;
 pub mod command;
 pub mod lifetime;
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -158,6 +159,15 @@ impl Counter {
             Err(_) => snapshot.kvm_exits = self.kvm.exits(),
         }
         Ok(snapshot)
+    }
+
+    /// The exits up to now by pCPU and row; `None` where nothing may be traced. Reads files that are open already and
+    /// nothing else, so any thread may do it, whatever it gave up.
+    pub fn pcpus(&self) -> Result<Option<BTreeMap<u32, Rows>>, Error> {
+        let Ok(trace) = &self.trace else { return Ok(None) };
+        let mut snapshot = Snapshot::default();
+        snapshot.take_counts(trace.counts(trace.exits()?)?, false);
+        Ok(Some(snapshot.pcpus()))
     }
 
     /// The traced exits, and KVM's own count at the same moment: the middle between a reading before and one after. Where

@@ -7,11 +7,13 @@
 //! later is added by the kernel as it is born). The second sees every thread, because an interrupt for a vCPU is accepted
 //! wherever its sender happens to run: in a backend's thread, or in an interrupt handler on top of anything.
 //!
-//! Whoever counts keeps a file of each instance open, which makes the kernel refuse to remove it. Killed, it lets go, and
-//! the next run removes what is left.
+//! Whoever counts keeps files of each instance open: the kernel refuses to remove it meanwhile, and a process that gave up opening
+//! files can still read its counts. Killed, it lets go, and the next run removes what is left.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -57,7 +59,7 @@ impl Trace {
     pub(super) fn start(threads: impl Fn() -> Result<Vec<i32>, Error>) -> Result<Trace, Error> {
         let tracefs = mounted()?;
         remove_leftovers(&tracefs);
-        let trace =
+        let mut trace =
             Trace { vm: Instance::create(&tracefs, "vm")?, host: Instance::create(&tracefs, "host")? };
         trace.vm.follow(threads)?;
 
@@ -108,6 +110,14 @@ struct Instance {
     path: PathBuf,
     /// An open file of the instance; `None` only while it is being removed.
     hold: Option<File>,
+    /// The running counts, by their events.
+    counts: BTreeMap<&'static str, Count>,
+}
+
+/// A running count.
+struct Count {
+    path: PathBuf,
+    file: File,
 }
 
 impl Instance {
@@ -119,10 +129,8 @@ impl Instance {
             io::ErrorKind::PermissionDenied => Error::NotPermitted { path: path.clone() },
             _ => Error::Tracefs { doing: "make the tracing instance", path: path.clone(), source },
         })?;
-        let mut instance = Instance { hold: None, path };
-        let hold = instance.path.join("tracing_on");
-        instance.hold =
-            Some(File::open(&hold).map_err(|source| Error::Tracefs { doing: "open", path: hold, source })?);
+        let mut instance = Instance { hold: None, counts: BTreeMap::new(), path };
+        instance.hold = Some(open(&instance.path.join("tracing_on"))?);
         // Nothing is ever written to the buffer, so the smallest will do. Best effort: it only saves memory.
         let _ = instance.write("buffer_size_kb", "4");
         Ok(instance)
@@ -145,12 +153,13 @@ impl Instance {
         }
     }
 
-    fn count(&self, what: &Counted, entries: usize, filter: &str) -> Result<(), Error> {
+    fn count(&mut self, what: &Counted, entries: usize, filter: &str) -> Result<(), Error> {
         let file = format!("events/kvm/{}/trigger", what.event);
         if !self.path.join(&file).exists() {
             return Err(Error::NoTracepoint { event: what.event });
         }
-        if !self.path.join(format!("events/kvm/{}/hist", what.event)).exists() {
+        let path = self.path.join(format!("events/kvm/{}/hist", what.event));
+        if !path.exists() {
             return Err(Error::NoHistograms);
         }
         let mut trigger = format!("hist:keys={}:size={}", what.keys.join(","), hist_size(entries));
@@ -158,17 +167,17 @@ impl Instance {
             trigger.push_str(" if ");
             trigger.push_str(filter);
         }
-        self.write(&file, &trigger)
+        self.write(&file, &trigger)?;
+        self.counts.insert(what.event, Count { file: open(&path)?, path });
+        Ok(())
     }
 
     fn read(&self, what: &Counted) -> Result<Hist, Error> {
-        let path = self.path.join(format!("events/kvm/{}/hist", what.event));
-        let text = fs::read_to_string(&path).map_err(|source| Error::Tracefs {
-            doing: "read",
-            path: path.clone(),
-            source,
-        })?;
-        Hist::parse(&text, what.keys).map_err(|source| Error::Hist { path, source })
+        let Count { path, file } =
+            self.counts.get(what.event).ok_or(Error::NoTracepoint { event: what.event })?;
+        let text =
+            read(file).map_err(|source| Error::Tracefs { doing: "read", path: path.clone(), source })?;
+        Hist::parse(&text, what.keys).map_err(|source| Error::Hist { path: path.clone(), source })
     }
 
     fn has_field(&self, what: &Counted, field: &str) -> bool {
@@ -192,9 +201,33 @@ impl Instance {
 impl Drop for Instance {
     fn drop(&mut self) {
         self.hold = None;
+        self.counts.clear();
         if let Err(error) = fs::remove_dir(&self.path) {
             tracing::warn!("cannot remove the tracing instance {}: {error}", self.path.display());
         }
+    }
+}
+
+fn open(path: &Path) -> Result<File, Error> {
+    File::open(path).map_err(|source| Error::Tracefs { doing: "open", path: path.to_owned(), source })
+}
+
+/// All of a file from its begin, wherever others read it: the kernel writes the text anew for whoever reads at 0.
+fn read(file: &File) -> io::Result<String> {
+    let mut text = Vec::new();
+    loop {
+        let begin = text.len();
+        text.resize(begin + (16 << 10), 0);
+        let read = match file.read_at(text.get_mut(begin..).unwrap_or_default(), begin as u64) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            Ok(0) => {
+                text.truncate(begin);
+                return String::from_utf8(text)
+                    .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error));
+            }
+            other => other?,
+        };
+        text.truncate(begin + read);
     }
 }
 
@@ -245,6 +278,16 @@ fn configured_cpus() -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_long_file_is_read_whole_and_again() {
+        let mut file = tempfile::tempfile().unwrap();
+        let text = "0123456789abcdef".repeat(3000);
+        file.write_all(text.as_bytes()).unwrap();
+        for _ in 0..2 {
+            assert_eq!(read(&file).unwrap(), text);
+        }
+    }
 
     #[test]
     fn only_our_own_instances_have_an_owner() {

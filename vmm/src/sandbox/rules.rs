@@ -230,7 +230,7 @@ const DEADLINE: &[Rule] = &[any(shutdown)];
 
 const CONSOLE: &[Rule] = &[any(poll)];
 
-/// One connection after the other, with time limits. KVM's statistics are files that are open.
+/// One connection after the other, with time limits. KVM's statistics and the counts of exits are files that are open.
 const API: &[Rule] = &[
     any(accept4),
     any(recvfrom),
