@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 
 use crate::fifo::{FifoCommand, FifoOptions};
 use crate::port::{Connection, LEAST_MTU, MAX_QUEUE_PAIRS, PortOptions};
-use crate::sandbox::{SeccompMode, UserName};
+use crate::sandbox::{Seccomp, UserName};
 use crate::version::VERSION;
 
 /// A vhost-user net backend: poll threads move a guest's frames, the guest is interrupted only when its driver asks.
@@ -98,7 +98,7 @@ pub struct Options {
     /// What becomes of a system call that a thread's filter forbids: true = the program says its name and ends with
     /// status 159, log = the kernel's audit log has it, false = there are no filters.
     #[arg(long, value_name = "true|false|log", default_value = "true")]
-    pub seccomp: SeccompMode,
+    pub seccomp: Seccomp,
 
     /// Whether Landlock, where the kernel has it, hides all files but those that the options name.
     #[arg(long, value_name = "true|false", default_value_t = true, action = clap::ArgAction::Set)]

@@ -9,6 +9,7 @@ use ivcpu_backend::fifo::{FifoCommand, RegionFile};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
+    ivcpu_sandbox::use_one_arena();
     let options = match Options::try_parse() {
         Ok(options) => options,
         Err(error) => return not_understood(&error),

@@ -49,7 +49,8 @@ fn each_port_has_its_own_device_counters_and_end() {
     assert_eq!(shown[0]["queues"][1]["packets"], 1);
 
     kill(Pid::from_raw(backend.child.id() as i32), Signal::SIGTERM).unwrap();
-    assert!(backend.child.wait().unwrap().success());
+    let status = backend.child.wait().unwrap();
+    assert!(status.success(), "{status}: {}", backend.said());
     assert_eq!(std::fs::read_dir(backend.dir.path()).unwrap().count(), 0);
     assert_eq!(backend.said(), "");
 }

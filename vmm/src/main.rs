@@ -18,6 +18,7 @@ use tracing_subscriber::EnvFilter;
 const DEFAULT_LOG: &str = "warn,vfio_ioctls=error,virtio_queue=off";
 
 fn main() -> ExitCode {
+    ivcpu_sandbox::use_one_arena();
     let filter = EnvFilter::try_from_env("IVCPU_LOG").unwrap_or_else(|_| EnvFilter::new(DEFAULT_LOG));
     tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 
 use guest::kernel::{has_kvm, image};
 use guest::{CHATTER, Vmm, wait_until};
+use ivcpu_sandbox::Role as _;
 use ivcpu_vmm::sandbox::{self, Role, SandboxOptions, Seccomp, violation};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
@@ -71,7 +72,7 @@ fn signal_another_process() {
 
 #[test]
 fn a_forbidden_call_ends_the_process_and_its_name_is_said() {
-    for role in Role::ALL {
+    for &role in Role::ALL {
         for (work, name, number) in [
             (make_internet_socket as fn(), "socket", 41),
             (make_memory_executable, "mmap", 9),
@@ -115,7 +116,7 @@ fn what_every_thread_needs_is_allowed() {
         let _ = std::panic::catch_unwind(|| panic!("a panic is said"));
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
-    for role in Role::ALL {
+    for &role in Role::ALL {
         let (status, said) = confined(role, Seccomp::True, work);
         assert_eq!(status, 0, "{role}: {said}");
     }

@@ -1,12 +1,14 @@
 //! The system calls each thread may make: the one place where they are listed.
 //!
 //! What is needed only before the VM runs (opening files, making the VM, connecting) is not here: filters come after that.
-//! A call that is not plain says why it is here. `ioctl` is limited by its request, `mmap` and `mprotect` never make memory executable.
+//! A call that is not plain says why it is here. `ioctl` is limited by its request.
 
 use std::fmt;
 
+use ivcpu_sandbox::Role as _;
+use ivcpu_sandbox::Sysno::*;
+use ivcpu_sandbox::{EVERY_THREAD, Rule, THREADS, any, one_of};
 use kvm_bindings as kvm;
-use syscalls::Sysno::{self, *};
 
 /// What a thread is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -27,13 +29,11 @@ pub enum Role {
     Api,
 }
 
-impl Role {
-    /// All of them.
-    pub const ALL: [Self; 7] =
-        [Self::Main, Self::Vcpu, Self::Disk, Self::Reconnect, Self::Deadline, Self::Console, Self::Api];
+impl ivcpu_sandbox::Role for Role {
+    const ALL: &'static [Self] =
+        &[Self::Main, Self::Vcpu, Self::Disk, Self::Reconnect, Self::Deadline, Self::Console, Self::Api];
 
-    /// Its name in messages.
-    pub const fn name(self) -> &'static str {
+    fn name(self) -> &'static str {
         match self {
             Self::Main => "main",
             Self::Vcpu => "vCPU",
@@ -45,8 +45,7 @@ impl Role {
         }
     }
 
-    /// What it may call.
-    pub fn rules(self) -> impl Iterator<Item = &'static Rule> {
+    fn rules(self) -> impl Iterator<Item = &'static Rule> {
         let own: &[&[Rule]] = match self {
             Self::Main => &[MAIN, THREADS, CONNECT, VHOST_USER, FILES, MACHINE, TEARDOWN],
             Self::Vcpu => &[VCPU, VHOST_USER, MACHINE],
@@ -56,7 +55,7 @@ impl Role {
             Self::Console => &[CONSOLE],
             Self::Api => &[API],
         };
-        [EVERY_THREAD].iter().chain(own).flat_map(|list| list.iter())
+        [EVERY_THREAD, TERMINAL].iter().chain(own).flat_map(|list| list.iter())
     }
 }
 
@@ -66,85 +65,8 @@ impl fmt::Display for Role {
     }
 }
 
-/// A system call, and when it is allowed.
-#[derive(Debug, Clone, Copy)]
-pub struct Rule {
-    /// Which.
-    pub call: Sysno,
-    /// When.
-    pub when: When,
-}
-
-/// What the arguments must be.
-#[derive(Debug, Clone, Copy)]
-pub enum When {
-    /// Anything.
-    Always,
-    /// The argument with this number is one of these 32-bit values.
-    OneOf(u8, &'static [u64]),
-    /// The argument with this number has none of these bits.
-    Without(u8, u64),
-    /// The argument with this number is the id of this process.
-    OwnProcess(u8),
-}
-
-const fn any(call: Sysno) -> Rule {
-    Rule { call, when: When::Always }
-}
-
-const fn one_of(call: Sysno, argument: u8, values: &'static [u64]) -> Rule {
-    Rule { call, when: When::OneOf(argument, values) }
-}
-
-const fn without(call: Sysno, argument: u8, bits: u64) -> Rule {
-    Rule { call, when: When::Without(argument, bits) }
-}
-
-const fn own_process(call: Sysno, argument: u8) -> Rule {
-    Rule { call, when: When::OwnProcess(argument) }
-}
-
-/// Memory, locks, time, reading and writing what is open, and the end. Logging and a panic's message need no more.
-const EVERY_THREAD: &[Rule] = &[
-    any(read),
-    any(write),
-    any(writev),
-    any(close),
-    one_of(fcntl, 1, &[libc::F_GETFD as u64]), // Rust, built for debugging, looks whether what it closes is open.
-    any(futex),
-    any(brk),
-    without(mmap, 2, libc::PROT_EXEC as u64),
-    without(mprotect, 2, libc::PROT_EXEC as u64),
-    any(munmap),
-    any(mremap),
-    any(madvise),
-    any(clock_gettime),
-    any(clock_nanosleep),
-    any(restart_syscall), // A sleep that was interrupted by a stop and continued.
-    any(sched_yield),
-    any(getrandom), // Rust's hash maps are seeded by each thread.
-    any(rt_sigprocmask),
-    any(rt_sigreturn),
-    any(sigaltstack), // The stack of a thread's overflow handler comes and goes with the thread.
-    any(gettid),
-    any(getpid),
-    own_process(tgkill, 0), // Takes vCPUs out of the guest; abort.
-    any(exit),
-    any(exit_group),
-    // Gives the terminal back before the process ends. The C library reads it back; a newer one has a request of its own.
-    one_of(ioctl, 1, &[libc::TCSETS, libc::TCGETS, libc::TCSETS2, libc::TCGETS2]),
-];
-
-/// Starting threads: those start with the filter of this one and then get their own.
-const THREADS: &[Rule] = &[
-    any(clone3),
-    any(clone), // Where clone3 is refused, as by some containers.
-    any(set_robust_list),
-    any(rseq),
-    any(sched_getaffinity), // The C library asks for it to find a new thread's stack.
-    one_of(prctl, 0, &[libc::PR_SET_NAME as u64, libc::PR_SET_NO_NEW_PRIVS as u64]),
-    one_of(seccomp, 0, &[libc::SECCOMP_SET_MODE_FILTER as u64]), // More filters can only forbid more.
-];
+/// Gives the terminal back before the process ends. The C library reads it back; a newer one has a request of its own.
+const TERMINAL: &[Rule] = &[one_of(ioctl, 1, &[libc::TCSETS, libc::TCGETS, libc::TCSETS2, libc::TCGETS2])];
 
 /// The event loop.
 const MAIN: &[Rule] =
@@ -264,6 +186,8 @@ const fn vfio(number: u8) -> u64 {
 mod tests {
     use std::collections::BTreeSet;
 
+    use ivcpu_sandbox::{Sysno, When, exceeds};
+
     use super::*;
 
     fn calls(role: Role) -> BTreeSet<Sysno> {
@@ -285,7 +209,7 @@ mod tests {
 
     #[test]
     fn nobody_executes_programs_traces_or_makes_network_sockets() {
-        for role in Role::ALL {
+        for &role in Role::ALL {
             for call in
                 [execve, execveat, fork, vfork, ptrace, process_vm_writev, bpf, init_module, mount, setuid]
             {
@@ -300,7 +224,7 @@ mod tests {
 
     #[test]
     fn only_the_main_thread_opens_files() {
-        for role in Role::ALL {
+        for &role in Role::ALL {
             assert_eq!(calls(role).contains(&openat), role == Role::Main, "{role}");
         }
     }
@@ -308,9 +232,7 @@ mod tests {
     /// A thread starts with the filter of its starter, which must not forbid what it needs.
     #[test]
     fn whoever_starts_a_thread_may_do_what_that_does() {
-        let missing =
-            |starter, started| calls(started).difference(&calls(starter)).copied().collect::<Vec<_>>();
-        assert_eq!(missing(Role::Main, Role::Reconnect), []);
-        assert_eq!(missing(Role::Reconnect, Role::Deadline), []);
+        assert_eq!(exceeds(Role::Reconnect, Role::Main), []);
+        assert_eq!(exceeds(Role::Deadline, Role::Reconnect), []);
     }
 }

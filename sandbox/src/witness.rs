@@ -11,27 +11,29 @@ use std::thread;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use seccompiler::sock_filter;
-use syscalls::Sysno;
 
-use super::Role;
+use super::{Program, violation};
 
 /// Takes the filters' listeners. A pipe, because a thread under a filter may write to one, whatever its role.
+#[derive(Debug)]
 pub(super) struct Witness(PipeWriter);
 
 impl Witness {
-    /// Starts the thread.
-    pub(super) fn start() -> io::Result<Self> {
+    /// Starts the thread for the roles `names`.
+    pub(super) fn start(program: Program, names: Vec<&'static str>) -> io::Result<Self> {
         let (listeners, witness) = io::pipe()?;
         thread::Builder::new().name("seccomp-log".into()).spawn(move || {
-            if let Err(error) = watch(listeners) {
+            if let Err(error) = watch(listeners, program, &names) {
                 tracing::error!("the seccomp log ends, and threads that leave their rules hang: {error}");
             }
         })?;
         Ok(Self(witness))
     }
 
-    /// Gives the calling thread a filter that asks here; fails where one of its starters has one.
-    pub(super) fn install(&self, role: Role, program: &[sock_filter]) -> io::Result<()> {
+    /// Gives the calling thread a filter that asks here, that of the role with this number; fails where one of its starters has
+    /// one.
+    pub(super) fn install(&self, number: usize, program: &[sock_filter]) -> io::Result<()> {
+        let number = u8::try_from(number).map_err(io::Error::other)?;
         let program = libc::sock_fprog {
             len: u16::try_from(program.len()).map_err(io::Error::other)?,
             filter: program.as_ptr().cast_mut().cast(),
@@ -42,15 +44,12 @@ impl Witness {
         if listener < 0 {
             return Err(io::Error::last_os_error());
         }
-        let place = Role::ALL.iter().position(|there| *there == role).unwrap_or_default();
-        let mut message = [0; MESSAGE];
-        message[0] = place as u8;
-        message[1..].copy_from_slice(&(listener as RawFd).to_ne_bytes());
-        (&self.0).write_all(&message)
+        let [first, second, third, fourth] = (listener as RawFd).to_ne_bytes();
+        (&self.0).write_all(&[number, first, second, third, fourth])
     }
 }
 
-/// A role's place in the list, and the listener's number: the other thread has the same files.
+/// A role's number, and the listener's: the other thread has the same files.
 const MESSAGE: usize = 1 + size_of::<RawFd>();
 
 mod ioctl {
@@ -60,8 +59,8 @@ mod ioctl {
     nix::ioctl_readwrite!(send, b'!', 1, libc::seccomp_notif_resp);
 }
 
-fn watch(mut pipe: PipeReader) -> io::Result<()> {
-    let mut listeners: Vec<(Role, OwnedFd)> = Vec::new();
+fn watch(mut pipe: PipeReader, program: Program, names: &[&'static str]) -> io::Result<()> {
+    let mut listeners: Vec<(&'static str, OwnedFd)> = Vec::new();
     let mut said = BTreeSet::new();
     loop {
         let files = std::iter::once(pipe.as_fd()).chain(listeners.iter().map(|(_, file)| file.as_fd()));
@@ -74,7 +73,7 @@ fn watch(mut pipe: PipeReader) -> io::Result<()> {
         let (from_pipe, of_listeners) = events.split_at(1);
         for ((role, listener), events) in listeners.iter().zip(of_listeners) {
             if events.contains(PollFlags::POLLIN) {
-                answer(*role, listener, &mut said);
+                answer(program, role, listener, &mut said);
             }
         }
         // Nobody has the filter any more.
@@ -83,8 +82,8 @@ fn watch(mut pipe: PipeReader) -> io::Result<()> {
         if from_pipe.iter().any(|events| events.contains(PollFlags::POLLIN)) {
             let mut message = [0; MESSAGE];
             pipe.read_exact(&mut message)?;
-            let [place, number @ ..] = message;
-            let role = Role::ALL.get(usize::from(place)).copied().unwrap_or(Role::Main);
+            let [role, number @ ..] = message;
+            let role = names.get(usize::from(role)).copied().unwrap_or_default();
             // SAFETY: the kernel made the descriptor for `install`, which gave its number away here and nowhere else.
             let listener = unsafe { OwnedFd::from_raw_fd(RawFd::from_ne_bytes(number)) };
             listeners.push((role, listener));
@@ -93,7 +92,12 @@ fn watch(mut pipe: PipeReader) -> io::Result<()> {
 }
 
 /// Says which call it is, the first time, and lets it be made.
-fn answer(role: Role, listener: &OwnedFd, said: &mut BTreeSet<(Role, i32)>) {
+fn answer(
+    program: Program,
+    role: &'static str,
+    listener: &OwnedFd,
+    said: &mut BTreeSet<(&'static str, i32)>,
+) {
     // SAFETY: plain numbers, of which zero is one; the kernel wants them to be zero.
     let mut request: libc::seccomp_notif = unsafe { std::mem::zeroed() };
     // SAFETY: the kernel writes a whole `seccomp_notif` to where the pointer leads.
@@ -103,11 +107,12 @@ fn answer(role: Role, listener: &OwnedFd, said: &mut BTreeSet<(Role, i32)>) {
     }
     let number = request.data.nr;
     if said.insert((role, number)) {
-        let name = usize::try_from(number).ok().and_then(Sysno::new).map_or("unknown", |call| call.name());
+        let name = violation::call_name(number);
         // Nobody can be told if standard error is gone.
         let _ = writeln!(
             io::stderr(),
-            "ivcpu-vmm: the {role} thread made the system call {name} ({number}), which --seccomp true forbids"
+            "{}: the {role} thread made the system call {name} ({number}), which --seccomp true forbids",
+            program.name
         );
     }
     let flags = libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32;

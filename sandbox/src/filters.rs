@@ -1,4 +1,4 @@
-//! Filters: [`rules`](super::rules) compiled for each role, and given to threads.
+//! Filters: the rules of each role compiled, and given to threads.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -8,28 +8,47 @@ use seccompiler::{
     TargetArch, apply_filter, sock_filter,
 };
 
-use super::rules::{Rule, When};
+use super::violation;
 use super::witness::Witness;
-use super::{Error, Role, Seccomp};
+use super::{Error, Program, Role, Rule, Seccomp, When};
 
 /// A filter for each role.
-pub(super) struct Filters {
-    programs: BTreeMap<Role, BpfProgram>,
+#[derive(Debug)]
+pub struct Filters {
+    /// With the roles' names.
+    programs: Vec<(&'static str, BpfProgram)>,
     /// Who lets forbidden calls be made, with `--seccomp log`.
     witness: Option<Witness>,
 }
 
 impl Filters {
-    /// Compiles all of them, and looks whether the kernel has filters.
-    pub(super) fn compile(mode: Seccomp) -> Result<Self, Error> {
+    /// Gets a process ready to confine its threads: compiles the filters of all roles `R`, and installs what names forbidden calls. Call
+    /// once, while there is one thread, after new privileges were given up (`no_new_privs`), in a program that
+    /// [uses one arena](super::use_one_arena); `None` with [`Seccomp::False`].
+    pub fn arm<R: Role>(program: Program, mode: Seccomp) -> Result<Option<Self>, Error> {
+        match mode {
+            Seccomp::False => return Ok(None),
+            Seccomp::True => {
+                // The hook that is there would open the program's own file for a backtrace, and end the process by that.
+                std::panic::set_hook(Box::new(move |panic| eprintln!("{}: {panic}", program.name)));
+                violation::install_handler(program)
+                    .map_err(|source| Error::System { step: "catch forbidden system calls", source })?;
+            }
+            Seccomp::Log => {}
+        }
+        Self::compile::<R>(program, mode).map(Some)
+    }
+
+    fn compile<R: Role>(program: Program, mode: Seccomp) -> Result<Self, Error> {
         check_kernel()?;
-        let compiled = Role::ALL.into_iter().map(|role| match compile(role.rules(), mode) {
-            Ok(program) => Ok((role, program)),
-            Err(source) => Err(Error::Filter { role, source: source.into() }),
+        let compiled = R::ALL.iter().map(|role| match compile(role.rules(), mode) {
+            Ok(filter) => Ok((role.name(), filter)),
+            Err(source) => Err(Error::Filter { role: role.name(), source: source.into() }),
         });
-        let programs = compiled.collect::<Result<_, _>>()?;
+        let programs = compiled.collect::<Result<Vec<_>, _>>()?;
+        let names = programs.iter().map(|(name, _)| *name).collect();
         let witness = match mode {
-            Seccomp::Log => Some(Witness::start().map_err(|source| Error::System {
+            Seccomp::Log => Some(Witness::start(program, names).map_err(|source| Error::System {
                 step: "start the thread that says what is forbidden",
                 source,
             })?),
@@ -38,11 +57,17 @@ impl Filters {
         Ok(Self { programs, witness })
     }
 
-    /// Gives the calling thread the filter of its role.
-    pub(super) fn apply(&self, role: Role) -> Result<(), Error> {
-        let program = self.programs.get(&role).map(Vec::as_slice).unwrap_or_default();
+    /// Confines the calling thread, and all that it starts, to `role`, for good.
+    pub fn enter(&self, role: impl Role) -> Result<(), Error> {
+        let role = role.name();
+        violation::name_thread(role);
+        let mut numbered = self.programs.iter().enumerate();
+        // A role of another program has no filter, and an empty one the kernel refuses.
+        let (number, program) = numbered
+            .find_map(|(number, (name, program))| (*name == role).then_some((number, program.as_slice())))
+            .unwrap_or_default();
         if let Some(witness) = &self.witness
-            && witness.install(role, &asking(program)).is_ok()
+            && witness.install(number, &asking(program)).is_ok()
         {
             return Ok(());
         }
@@ -123,25 +148,26 @@ mod tests {
     use syscalls::Sysno;
 
     use super::*;
-
-    #[test]
-    fn every_role_has_a_filter_that_the_kernel_could_take() {
-        for mode in [Seccomp::True, Seccomp::Log] {
-            let filters = Filters::compile(mode).unwrap();
-            for role in Role::ALL {
-                let length = filters.programs[&role].len();
-                // The kernel's limit is 4096 instructions.
-                assert!((50..2048).contains(&length), "{role}: {length}");
-            }
-        }
-    }
+    use crate::{any, one_of};
 
     #[test]
     fn a_call_that_is_allowed_always_and_sometimes_is_allowed_always() {
-        let sometimes = Rule { call: Sysno::ioctl, when: When::OneOf(1, &[1]) };
-        let always = Rule { call: Sysno::ioctl, when: When::Always };
+        let (sometimes, always) = (one_of(Sysno::ioctl, 1, &[1]), any(Sysno::ioctl));
         let both = compile([always, sometimes].iter(), Seccomp::True).unwrap();
         let one = compile([always].iter(), Seccomp::True).unwrap();
         assert_eq!(both.len(), one.len());
+        let limited = compile([sometimes].iter(), Seccomp::True).unwrap();
+        assert!(limited.len() > one.len());
+    }
+
+    #[test]
+    fn only_what_is_logged_is_asked_about() {
+        let logged = compile([any(Sysno::read)].iter(), Seccomp::Log).unwrap();
+        let answers = |program: &[sock_filter], answer| program.iter().filter(|i| i.k == answer).count();
+        let asked = asking(&logged);
+        assert_eq!(asked.len(), logged.len());
+        assert_eq!(answers(&asked, libc::SECCOMP_RET_LOG), 0);
+        assert_eq!(answers(&asked, libc::SECCOMP_RET_USER_NOTIF), answers(&logged, libc::SECCOMP_RET_LOG));
+        assert_eq!(answers(&asked, libc::SECCOMP_RET_ALLOW), 1);
     }
 }
