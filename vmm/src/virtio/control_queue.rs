@@ -5,6 +5,7 @@
 //! queue has entries.
 
 use std::io::{Read, Write};
+use std::sync::Arc;
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_MAC,
@@ -15,8 +16,8 @@ use virtio_bindings::virtio_net::{
 use virtio_queue::{Queue as SplitQueue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::Queue;
 use super::ring::split_queue;
+use super::{ConfigChange, Queue};
 use crate::memory::GuestMemory;
 
 /// Entries of the queue.
@@ -66,6 +67,7 @@ impl Command {
 pub struct ControlQueue {
     queue: SplitQueue,
     call: EventFd,
+    config_change: Arc<ConfigChange>,
 }
 
 impl ControlQueue {
@@ -73,11 +75,20 @@ impl ControlQueue {
     pub fn new(set_up: &Queue, features: u64) -> Result<Self, virtio_queue::Error> {
         let queue = split_queue(SIZE, set_up, features)?;
         let call = set_up.call.try_clone().map_err(|_| virtio_queue::Error::QueueNotReady)?;
-        Ok(Self { queue, call })
+        Ok(Self { queue, call, config_change: Arc::clone(&set_up.config_change) })
     }
 
-    /// Answers what is in the queue: `serve` says whether a command was carried out.
+    /// Answers what is in the queue: `serve` says whether a command was carried out. After an error the queue is to be left alone until
+    /// the driver resets the device, as it is asked to.
     pub fn process(
+        &mut self,
+        memory: &GuestMemory,
+        serve: impl FnMut(Command) -> bool,
+    ) -> Result<(), virtio_queue::Error> {
+        self.answer_all(memory, serve).inspect_err(|_| self.config_change.ask_for_reset())
+    }
+
+    fn answer_all(
         &mut self,
         memory: &GuestMemory,
         mut serve: impl FnMut(Command) -> bool,
@@ -141,6 +152,7 @@ mod tests {
                 used: USED,
                 kick: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
                 call: call.try_clone().unwrap(),
+                config_change: Arc::default(),
             };
             let queue = ControlQueue::new(&set_up, 0).unwrap();
             Self { memory, queue, call, next: 0 }

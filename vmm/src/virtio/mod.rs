@@ -17,7 +17,7 @@ pub mod session;
 pub mod transport;
 pub mod vhost_user_net;
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -40,6 +40,8 @@ pub struct Queue {
     pub kick: EventFd,
     /// To be written when buffers were used.
     pub call: EventFd,
+    /// To be told when the queue makes no sense.
+    pub config_change: Arc<ConfigChange>,
 }
 
 /// What a device gets when the driver is ready.
@@ -87,9 +89,10 @@ fn read_bytes(structure: &[u8], offset: u64, data: &mut [u8]) {
     }
 }
 
-/// How a device tells its driver that the configuration changed.
+/// How a device tells its driver that the configuration changed, or that it cannot go on.
 #[derive(Debug, Default)]
 pub struct ConfigChange {
+    needs_reset: AtomicBool,
     generation: AtomicU8,
     status: AtomicU8,
     call: Mutex<Option<EventFd>>,
@@ -105,6 +108,25 @@ impl ConfigChange {
         if let Some(call) = &*self.call.lock().unwrap_or_else(PoisonError::into_inner) {
             let _ = call.write(1);
         }
+    }
+
+    /// The device cannot go on with what the driver set up or wrote. DEVICE_NEEDS_RESET shows in its status, with an interrupt
+    /// (virtio 1.2, 2.1.2), until the driver resets it.
+    pub fn ask_for_reset(&self) {
+        if !self.needs_reset.swap(true, Ordering::SeqCst) {
+            self.announce();
+        }
+    }
+
+    /// Whether the device waits for a reset.
+    pub fn needs_reset(&self) -> bool {
+        self.needs_reset.load(Ordering::SeqCst)
+    }
+
+    /// The driver reset the device: changes interrupt nobody.
+    fn reset(&self) {
+        self.set_call(None);
+        self.needs_reset.store(false, Ordering::SeqCst);
     }
 
     /// The generation as the driver reads it.

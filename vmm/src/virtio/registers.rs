@@ -8,6 +8,8 @@ use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
 };
 
+use super::ConfigChange;
+
 /// Bytes of the structure.
 pub const SIZE: usize = 0x38;
 /// The vector number that means no interrupt.
@@ -133,21 +135,17 @@ impl Registers {
         self.status & DRIVER_OK != 0
     }
 
-    /// The device cannot go on with what the driver set up.
-    pub fn set_needs_reset(&mut self) {
-        self.status |= NEEDS_RESET;
-    }
-
-    /// The driver reads; `generation` is that of the device's configuration.
-    pub fn read(&self, offset: usize, data: &mut [u8], generation: u8) {
-        let image = self.image(generation);
+    /// The driver reads; generation and NEEDS_RESET come from the device.
+    pub fn read(&self, offset: usize, data: &mut [u8], device: &ConfigChange) {
+        let image = self.image(device);
         for (index, byte) in data.iter_mut().enumerate() {
             *byte = offset.checked_add(index).and_then(|at| image.get(at)).copied().unwrap_or(0);
         }
     }
 
     /// The structure as the driver sees it now.
-    fn image(&self, generation: u8) -> [u8; SIZE] {
+    fn image(&self, device: &ConfigChange) -> [u8; SIZE] {
+        let needs_reset = if device.needs_reset() { NEEDS_RESET } else { 0 };
         let mut image = [0; SIZE];
         let mut put =
             |offset: usize, bytes: &[u8]| image[offset..offset + bytes.len()].copy_from_slice(bytes);
@@ -157,7 +155,7 @@ impl Registers {
         put(0x0c, &half(self.driver_features, self.driver_feature_select).to_le_bytes());
         put(0x10, &self.config_vector.to_le_bytes());
         put(0x12, &(self.queues.len() as u16).to_le_bytes());
-        put(0x14, &[self.status, generation]);
+        put(0x14, &[self.status | needs_reset, device.generation()]);
         put(0x16, &self.queue_select.to_le_bytes());
         if let Some(queue) = self.queues.get(usize::from(self.queue_select)) {
             put(0x18, &queue.size.to_le_bytes());
@@ -273,7 +271,9 @@ mod tests {
 
     fn get(registers: &Registers, offset: usize, length: usize) -> u64 {
         let mut data = [0; 8];
-        registers.read(offset, &mut data[..length], 7);
+        let device = ConfigChange::default();
+        device.announce();
+        registers.read(offset, &mut data[..length], &device);
         u64::from_le_bytes(data)
     }
 
@@ -313,7 +313,7 @@ mod tests {
         let queue = &r.queues()[2];
         assert_eq!((queue.vector, queue.enabled), (3, true));
         assert_eq!(queue.areas(), Some([(0x1_0000_1000, 512), (0x2000, 70), (0x1_0000_3000, 262)]));
-        assert_eq!(get(&r, 0x15, 1), 7);
+        assert_eq!(get(&r, 0x15, 1), 1);
         assert_eq!(r.features(), VERSION_1 | 0b10);
     }
 

@@ -1,16 +1,17 @@
 //! A split ring that the VMM serves itself: chains in, used entries and interrupts out.
 //!
 //! The driver writes descriptors and indices at any time. The queue crate bounds what it walks; a ring whose indices make no
-//! sense is an error, after which it is to be left alone until the driver resets the device.
+//! sense is an error, after which it is to be left alone until the driver resets the device, as it is asked to.
 
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{DescriptorChain, Error, Queue as SplitQueue, QueueOwnedT, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::Queue;
+use super::{ConfigChange, Queue};
 use crate::memory::GuestMemory;
 
 /// A ring, while the driver runs it.
@@ -22,6 +23,7 @@ pub struct Ring {
     call: EventFd,
     /// Whether anything was used since the last interrupt was thought about.
     used: bool,
+    config_change: Arc<ConfigChange>,
 }
 
 /// The crate's queue for one of at most `largest` entries that the driver set up, with the features it agreed to.
@@ -40,7 +42,13 @@ impl Ring {
     /// The ring that the driver set up, with the features it agreed to.
     pub fn new(set_up: Queue, features: u64) -> Result<Self, Error> {
         let queue = split_queue(set_up.size, &set_up, features)?;
-        Ok(Self { queue, index: set_up.index, kick: set_up.kick, call: set_up.call, used: false })
+        let Queue { index, kick, call, config_change, .. } = set_up;
+        Ok(Self { queue, index, kick, call, used: false, config_change })
+    }
+
+    /// Asks the driver for a reset where `result` is an error.
+    fn checked<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
+        result.inspect_err(|_| self.config_change.ask_for_reset())
     }
 
     /// Its number in the device.
@@ -70,10 +78,12 @@ impl Ring {
     ) -> Result<Option<DescriptorChain<&'m GuestMemory>>, Error> {
         // What the driver made available before it could know that a kick is wanted is seen the second time.
         for _ in 0..2 {
-            if let Some(chain) = self.queue.iter(memory)?.next() {
+            let chain = self.queue.iter(memory).map(|mut chains| chains.next());
+            if let Some(chain) = self.checked(chain)? {
                 return Ok(Some(chain));
             }
-            if !self.queue.enable_notification(memory)? {
+            let came = self.queue.enable_notification(memory);
+            if !self.checked(came)? {
                 break;
             }
         }
@@ -83,12 +93,17 @@ impl Ring {
     /// Gives the chain that begins at `head` back, `written` bytes of it written.
     pub fn add_used(&mut self, memory: &GuestMemory, head: u16, written: u32) -> Result<(), Error> {
         self.used = true;
-        self.queue.add_used(memory, head, written)
+        let result = self.queue.add_used(memory, head, written);
+        self.checked(result)
     }
 
     /// Interrupts the driver if something was used since the last time, and it wants to know.
     pub fn notify(&mut self, memory: &GuestMemory) -> Result<(), Error> {
-        if std::mem::take(&mut self.used) && self.queue.needs_notification(memory)? {
+        if !std::mem::take(&mut self.used) {
+            return Ok(());
+        }
+        let wanted = self.queue.needs_notification(memory);
+        if self.checked(wanted)? {
             // The counter of an eventfd is full only if nobody has looked for 2^64 - 2 interrupts.
             let _ = self.call.write(1);
         }
@@ -98,8 +113,6 @@ impl Ring {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use std::sync::Arc;
-
     use vm_memory::Bytes;
 
     use super::*;
@@ -129,16 +142,18 @@ pub(super) mod tests {
         pub(in crate::virtio) fn activation(&mut self, queues: u16) -> Activation {
             let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
             self.calls = (0..queues).map(|_| event()).collect();
+            let config_change = Arc::<ConfigChange>::default();
             let queue = |index: u16| {
                 let start = RINGS + STRIDE * u64::from(index);
                 let call = self.calls[usize::from(index)].try_clone().unwrap();
                 let (descriptors, available, used) = (start, start + 0x1000, start + 0x2000);
-                Queue { index, size: SIZE, descriptors, available, used, kick: event(), call }
+                let config_change = Arc::clone(&config_change);
+                Queue { index, size: SIZE, descriptors, available, used, kick: event(), call, config_change }
             };
             Activation {
                 features: 0,
                 queues: (0..queues).map(queue).collect(),
-                config_change: Arc::default(),
+                config_change: Arc::clone(&config_change),
             }
         }
 
@@ -187,7 +202,8 @@ pub(super) mod tests {
     #[test]
     fn an_index_that_jumps_is_an_error_and_no_loop() {
         let mut driver = Driver::new();
-        let mut ring = Ring::new(driver.activation(1).queues.remove(0), 0).unwrap();
+        let mut activation = driver.activation(1);
+        let mut ring = Ring::new(activation.queues.remove(0), 0).unwrap();
         assert!(ring.pop(&driver.memory).unwrap().is_none());
         driver.offer(0, &[(BUFFERS, 4, true)]);
         let head = ring.pop(&driver.memory).unwrap().unwrap().head_index();
@@ -196,7 +212,9 @@ pub(super) mod tests {
         ring.notify(&driver.memory).unwrap();
         assert_eq!((driver.used(0), driver.calls[0].read().unwrap()), (vec![4], 1), "one interrupt");
         assert!(ring.add_used(&driver.memory, SIZE, 0).is_err(), "no such descriptor");
+        activation.config_change.reset();
         driver.write(RINGS + 0x1002, &(2 + SIZE).to_le_bytes());
         assert!(ring.pop(&driver.memory).is_err());
+        assert!(activation.config_change.needs_reset());
     }
 }

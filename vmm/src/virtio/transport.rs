@@ -164,12 +164,12 @@ impl<D: Device> Transport<D> {
             .filter(|&index| self.registers.queues()[index].enabled)
             .map(|i| self.queue(i))
             .collect();
+        self.config_change.set_call(self.call(self.registers.config_vector()));
         let Some(queues) = queues else {
             tracing::info!("the driver set up a queue outside its memory; the device waits for a reset");
-            self.registers.set_needs_reset();
+            self.config_change.ask_for_reset();
             return;
         };
-        self.config_change.set_call(self.call(self.registers.config_vector()));
         let config_change = Arc::clone(&self.config_change);
         self.device.activate(Activation { features: self.registers.features(), queues, config_change });
         self.connect_kicks();
@@ -180,7 +180,7 @@ impl<D: Device> Transport<D> {
             self.disconnect_kicks();
             self.device.reset();
         }
-        self.config_change.set_call(None);
+        self.config_change.reset();
         self.registers.reset();
     }
 
@@ -202,6 +202,7 @@ impl<D: Device> Transport<D> {
             call: self
                 .call(registers.vector)
                 .or_else(|| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).ok())?,
+            config_change: Arc::clone(&self.config_change),
         })
     }
 
@@ -313,7 +314,7 @@ impl<D: Device> Function for Transport<D> {
     fn bar_read(&mut self, _: usize, offset: u64, data: &mut [u8]) {
         let at = offset % PAGE;
         match offset - at {
-            COMMON => self.registers.read(at as usize, data, self.config_change.generation()),
+            COMMON => self.registers.read(at as usize, data, &self.config_change),
             ISR => {
                 data.fill(0);
                 if let (0, Some(status)) = (at, data.first_mut()) {

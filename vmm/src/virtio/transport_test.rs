@@ -170,7 +170,21 @@ fn a_ring_outside_memory_stops_the_device() {
     rig.bring_up(0xf_8000);
     assert!(rig.probe.0.lock().unwrap().activations.is_empty());
     assert_ne!(rig.read(0x14) & 0x40, 0, "needs reset");
+    assert_eq!(rig.transport.msix.event(0).unwrap().read().unwrap(), 1, "and says so");
     assert!(rig.kicks.0.lock().unwrap().is_empty());
+    rig.write(0x14, &[0]);
+    assert_eq!(rig.read(0x14), 0);
+}
+
+#[test]
+fn a_device_that_meets_nonsense_asks_once_for_a_reset() {
+    let mut rig = Rig::new();
+    rig.bring_up(0x1_0000);
+    for _ in 0..2 {
+        rig.probe.0.lock().unwrap().activations[0].queues[1].config_change.ask_for_reset();
+    }
+    assert_ne!(rig.read(0x14) & 0x40, 0, "needs reset");
+    assert_eq!(rig.transport.msix.event(0).unwrap().read().unwrap(), 1);
     rig.write(0x14, &[0]);
     assert_eq!(rig.read(0x14), 0);
 }

@@ -86,6 +86,8 @@ struct Net {
     running: Option<Running>,
     /// Written when a backend is there again.
     back: EventFd,
+    /// Written by a backend that cannot go on with a ring.
+    broken: EventFd,
 }
 
 impl Net {
@@ -138,7 +140,8 @@ impl Net {
     fn start(&mut self, base: Base) -> Result<(), Error> {
         match (&mut self.session, &self.running) {
             (Some(session), Some(running)) => {
-                session.start(&self.memory, running.features, &running.rings, base, |ring| {
+                let rings = &running.rings;
+                session.start(&self.memory, running.features, rings, &self.broken, base, |ring| {
                     running.is_enabled(ring)
                 })
             }
@@ -152,6 +155,8 @@ impl Net {
         if let Some(Err(error)) = self.session.as_mut().map(Session::stop) {
             self.give_up(&error);
         }
+        // What was broken is no business of the next driver's.
+        let _ = self.broken.read();
     }
 
     fn serve_control_queue(&mut self) {
@@ -202,6 +207,14 @@ impl Net {
         }
         // Where the backend was lost, its successor gets the new number.
         true
+    }
+
+    /// The backend cannot go on with what the driver wrote to a ring, or a backend before it could not.
+    fn ring_is_broken(&self) {
+        let _ = self.broken.read();
+        if let Some(running) = &self.running {
+            running.config_change.ask_for_reset();
+        }
     }
 
     /// The backend hung up.
@@ -276,7 +289,8 @@ impl VhostUserNet {
                 feature: "several queue pairs (VIRTIO_NET_F_MQ)",
             });
         }
-        let back = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+        let (back, broken) = (event()?, event()?);
         let mac = options.mac.0;
         let net = Net {
             options,
@@ -287,6 +301,7 @@ impl VhostUserNet {
             session: Some(session),
             running: None,
             back,
+            broken,
         };
         Ok(Self(Arc::new(Mutex::new(net))))
     }
@@ -369,6 +384,8 @@ impl MutEventSubscriber for VhostUserNet {
         if events.fd() == net.back.as_raw_fd() {
             let _ = net.back.read();
             watch_hang_up(&net, ops);
+        } else if events.fd() == net.broken.as_raw_fd() {
+            net.ring_is_broken();
         } else if net.session.as_ref().is_some_and(|session| session.as_raw_fd() == events.fd()) {
             let _ = ops.remove(Events::empty_raw(events.fd()));
             net.lost();
@@ -380,6 +397,7 @@ impl MutEventSubscriber for VhostUserNet {
     fn init(&mut self, ops: &mut EventOps) {
         let net = self.lock();
         events::watch(ops, net.back.as_raw_fd());
+        events::watch(ops, net.broken.as_raw_fd());
         watch_hang_up(&net, ops);
     }
 }

@@ -82,6 +82,7 @@ impl Driver {
                 used: start + 0x2000,
                 kick: self.kicks[usize::from(index)].try_clone().unwrap(),
                 call: self.calls[usize::from(index)].try_clone().unwrap(),
+                config_change: Arc::default(),
             }
         });
         let activation = Activation { features, queues: queues.collect(), config_change: Arc::default() };
