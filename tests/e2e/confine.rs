@@ -94,14 +94,6 @@ fn a_confined_vm_moves_traffic_is_paused_and_heeds_its_power_button() -> Result<
 
         vm.bring_up_network(1)?;
         vm.start_service()?;
-        let traffic = Traffic::new(Workload::TcpOut);
-        let wire_end = wire.listen(traffic)?;
-        vm.start_traffic(traffic)?;
-        sleep(Duration::from_secs(1));
-        let (guest_end, wire_end) = (vm.stop_traffic()?, wire_end.stop());
-        ensure!(guest_end.failure.is_none() && wire_end.failure.is_none(), "{guest_end:?} {wire_end:?}");
-        ensure!(wire_end.bytes_verified > 0, "{wire_end:?}");
-
         ensure!(request(&socket, "PUT", "vm.pause")?.0 == 204);
         ensure!(request(&socket, "GET", "vm.info")?.1["state"] == "Paused");
         let before = exits(&socket)?;
@@ -116,6 +108,15 @@ fn a_confined_vm_moves_traffic_is_paused_and_heeds_its_power_button() -> Result<
         ensure!(vm.run("true")?.0 == 0, "the guest goes on");
         let after = exits(&socket)?;
         ensure!(after.0 > before.0 && after.1 > before.1, "{before:?} {after:?}");
+
+        // Its backend has the rings again.
+        let traffic = Traffic::new(Workload::TcpOut);
+        let wire_end = wire.listen(traffic)?;
+        vm.start_traffic(traffic)?;
+        sleep(Duration::from_secs(1));
+        let (guest_end, wire_end) = (vm.stop_traffic()?, wire_end.stop());
+        ensure!(guest_end.failure.is_none() && wire_end.failure.is_none(), "{guest_end:?} {wire_end:?}");
+        ensure!(wire_end.bytes_verified > 0, "{wire_end:?}");
 
         let (status, text) = vm.run(HEED_THE_BUTTON)?;
         ensure!(status == 0, "no power button in the guest: {text}");

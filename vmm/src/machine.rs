@@ -26,7 +26,7 @@ use crate::ivcpu;
 use crate::ivshmem::{self, Ivshmem};
 use crate::kvm;
 use crate::memory::{self, FreeSlots, GuestMemory};
-use crate::pause::Gate;
+use crate::pause::{Gate, Pausable, Pause};
 use crate::pci::bus::Bus;
 use crate::pci::window::Window;
 use crate::pin;
@@ -77,6 +77,8 @@ pub struct Machine {
     signals: SignalFd,
     end: Arc<EndSignal>,
     gate: Arc<Gate>,
+    /// Devices that rest while the VM is paused.
+    pausable: Vec<Box<dyn Pausable>>,
     button: PowerButton,
     api: Option<Api>,
     /// What of the file system is needed from now on; `None` for all of it.
@@ -160,8 +162,10 @@ impl Machine {
         let interrupts_changed =
             EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(system("make an eventfd"))?;
         let net = add_net(&mut pci, &wiring, &options.net, &mut window)?;
-        let disks =
-            add_disks(&mut pci, &wiring, options.disks.iter().zip(images), placement.vcpus(), &mut window)?;
+        let images = options.disks.iter().zip(images);
+        let mut pausable: Vec<Box<dyn Pausable>> = Vec::new();
+        let disks = add_disks(&mut pci, &wiring, images, placement.vcpus(), &mut window, &mut pausable)?;
+        pausable.extend(net.iter().map(|net| Box::new(net.clone()) as Box<dyn Pausable>));
         if let Some(fifo) = &fifo {
             let slot = KvmSlot::new(Arc::clone(&vm), slots.take(), fifo.mapping());
             add_fifo(&mut pci, fifo, slot, &mut window)?;
@@ -199,6 +203,7 @@ impl Machine {
             signals,
             end: Arc::new(EndSignal::new().map_err(system("make an eventfd"))?),
             gate: Arc::default(),
+            pausable,
             button,
             api: options.api_socket.as_deref().map(|path| Api::open(path, options)).transpose()?,
             needs: options.sandbox.landlock.then(|| options.into()),
@@ -260,8 +265,8 @@ impl Machine {
         }
 
         let api = self.api.take().map(|api| {
-            let (gate, end) = (Arc::clone(&self.gate), Arc::clone(&self.end));
-            api.serve(&self.vcpus, gate, end, self.button.clone(), counting.clone())
+            let pause = Pause::new(Arc::clone(&self.gate), std::mem::take(&mut self.pausable));
+            api.serve(&self.vcpus, pause, Arc::clone(&self.end), self.button.clone(), counting.clone())
         });
         // The socket's file, removed on return.
         let _socket = api.transpose().map_err(system("start the API thread"))?;
@@ -367,10 +372,12 @@ fn add_disks<'a>(
     disks: impl Iterator<Item = (&'a DiskOptions, Image)>,
     vcpus: u8,
     window: &mut Window,
+    pausable: &mut Vec<Box<dyn Pausable>>,
 ) -> Result<Vec<Worker>, Error> {
     let mut workers = Vec::new();
     for (number, (options, image)) in disks.enumerate() {
         let (block, worker) = Block::new(options, image, number, vcpus, wiring.memory.clone())?;
+        pausable.push(block.pausable());
         add_virtio(bus, wiring, block, window)?;
         workers.push(worker);
     }

@@ -1,12 +1,13 @@
-//! The gate that vCPUs pass before they enter the guest. Closed, it keeps them in user space: the VM is paused.
+//! A pause: first the vCPUs leave the guest, then the devices that work by themselves come to rest.
 //!
-//! How a pause reaches a vCPU: the gate is closed first, then the thread gets the signal that takes it out of the guest (`vcpu.rs`
-//! says why none is missed). Before it goes back it finds the gate closed and waits there, holding no lock of a device. Backends
-//! of other processes run on, and what they complete meanwhile the guest sees when it is resumed.
+//! vCPUs pass a gate before they enter the guest. How a pause reaches one: the gate is closed first, then the thread gets the signal that
+//! takes it out of the guest (`vcpu.rs` says why none is missed). Before it goes back it finds the gate closed and waits there, holding
+//! no lock of a device. No request is made any more then, and disks finish those that they have, and backends let go of
+//! their rings. Resuming is the other way round.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::unistd::{getpid, gettid};
@@ -29,9 +30,68 @@ pub enum Error {
         /// The time they had.
         within: Duration,
     },
+    /// A device has work that does not end.
+    #[error("{device} did not come to rest within {} s, so the VM runs on; is its storage stuck?", within.as_secs())]
+    Busy {
+        /// Which.
+        device: String,
+        /// The time it had.
+        within: Duration,
+    },
     /// The VM is about to end.
     #[error("the VM is ending")]
     Ending,
+}
+
+/// A device that works by itself, while no vCPU runs too.
+pub trait Pausable: Send {
+    /// Brings what was asked of it to its end, and begins nothing new; whether that was done within the time given. If it was
+    /// not, [`Pausable::resume`] follows.
+    fn pause(&self, within: Duration) -> bool;
+    /// Goes on.
+    fn resume(&self);
+    /// Its name in messages.
+    fn name(&self) -> String;
+}
+
+/// What pauses and resumes a VM.
+pub struct Pause {
+    gate: Arc<Gate>,
+    devices: Vec<Box<dyn Pausable>>,
+}
+
+impl Pause {
+    /// For the vCPUs that pass `gate`, and `devices`.
+    pub fn new(gate: Arc<Gate>, devices: Vec<Box<dyn Pausable>>) -> Self {
+        Self { gate, devices }
+    }
+
+    /// Whether the VM is paused.
+    pub fn is_paused(&self) -> bool {
+        self.gate.is_paused()
+    }
+
+    /// Returns when nothing of the VM runs any more. `within` is the time that the vCPUs have, and then the devices.
+    pub fn pause(&self, within: Duration) -> Result<(), Error> {
+        self.gate.pause(within)?;
+        let deadline = Instant::now() + within;
+        for device in &self.devices {
+            if !device.pause(deadline.saturating_duration_since(Instant::now())) {
+                self.resume()?;
+                return Err(Error::Busy { device: device.name(), within });
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets everything go on.
+    pub fn resume(&self) -> Result<(), Error> {
+        if !self.gate.is_paused() {
+            return Err(Error::NotPaused);
+        }
+        self.devices.iter().for_each(|device| device.resume());
+        self.gate.resume()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -163,7 +223,6 @@ fn kick(thread: libc::pid_t) {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::sync::atomic::AtomicU64;
     use std::thread;
 
@@ -207,6 +266,44 @@ mod tests {
             thread.join().unwrap();
         }
         assert_eq!(gate.pause(SOON), Err(Error::Ending));
+    }
+
+    /// Comes to rest, or not; and says what it was told.
+    struct Device(bool, Arc<Mutex<Vec<&'static str>>>);
+
+    impl Pausable for Device {
+        fn pause(&self, _: Duration) -> bool {
+            self.1.lock().unwrap().push("pause");
+            self.0
+        }
+
+        fn resume(&self) {
+            self.1.lock().unwrap().push("resume");
+        }
+
+        fn name(&self) -> String {
+            "the disk".into()
+        }
+    }
+
+    #[test]
+    fn devices_rest_with_the_vcpus_and_one_that_does_not_fails_the_pause() {
+        let pause = |rests: bool| {
+            let told = Arc::default();
+            let pause = Pause::new(Arc::default(), vec![Box::new(Device(rests, Arc::clone(&told)))]);
+            (pause, told)
+        };
+        let (restful, told) = pause(true);
+        assert_eq!(restful.resume(), Err(Error::NotPaused));
+        restful.pause(SOON).unwrap();
+        assert!(restful.is_paused());
+        assert_eq!(restful.pause(SOON), Err(Error::AlreadyPaused));
+        restful.resume().unwrap();
+        assert_eq!(*told.lock().unwrap(), ["pause", "resume"]);
+        let (restless, told) = pause(false);
+        assert_eq!(restless.pause(SOON), Err(Error::Busy { device: "the disk".into(), within: SOON }));
+        assert!(!restless.is_paused());
+        assert_eq!(*told.lock().unwrap(), ["pause", "resume"]);
     }
 
     #[test]

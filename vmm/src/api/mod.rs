@@ -22,7 +22,7 @@ use std::thread;
 use crate::exits::VcpuStats;
 use crate::exits::lifetime::Lifetime;
 use crate::machine::MachineOptions;
-use crate::pause::Gate;
+use crate::pause::Pause;
 use crate::power::{EndSignal, PowerButton};
 use crate::sandbox::{self, Role};
 use crate::vcpu::Vcpu;
@@ -49,14 +49,14 @@ impl Api {
     pub fn serve(
         self,
         vcpus: &[Vcpu],
-        gate: Arc<Gate>,
+        pause: Pause,
         end: Arc<EndSignal>,
         button: PowerButton,
         exits: Option<Arc<Lifetime>>,
     ) -> io::Result<SocketFile> {
         let Self { listener, file, config, memory } = self;
         let (counters, shutdown) = (counters(vcpus), AtomicBool::new(false));
-        let control = Control { config, memory, gate, end, button, counters, exits, shutdown };
+        let control = Control { config, memory, pause, end, button, counters, exits, shutdown };
         thread::Builder::new().name("api".into()).spawn(move || {
             sandbox::enter_or_exit(Role::Api);
             accept(&listener, &control);

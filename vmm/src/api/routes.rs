@@ -12,10 +12,10 @@ use super::info::VmConfig;
 use crate::chain::Chain;
 use crate::exits::lifetime::Lifetime;
 use crate::exits::{self, Counters, Row, VcpuStats};
-use crate::pause::{self, Gate};
+use crate::pause::{self, Pause};
 use crate::power::{EndSignal, Ending, PowerButton};
 
-/// How long vCPUs may take to leave the guest for a pause.
+/// How long vCPUs may take to leave the guest for a pause, and then the devices to come to rest.
 const PAUSE_WITHIN: Duration = Duration::from_secs(5);
 
 /// What the API holds of the VM.
@@ -24,8 +24,8 @@ pub struct Control {
     pub config: VmConfig,
     /// Bytes of RAM.
     pub memory: u64,
-    /// Where vCPUs are kept.
-    pub gate: Arc<Gate>,
+    /// How the VM is paused.
+    pub pause: Pause,
     /// How the VM is ended.
     pub end: Arc<EndSignal>,
     /// The guest's power button.
@@ -85,7 +85,7 @@ impl Control {
             }),
             (Get, "vm.info") => Answer::json(&Info {
                 config: &self.config,
-                state: if self.gate.is_paused() { "Paused" } else { "Running" },
+                state: if self.pause.is_paused() { "Paused" } else { "Running" },
                 memory_actual_size: self.memory,
             }),
             (Get, "vm.counters") => match self.counters() {
@@ -101,8 +101,8 @@ impl Control {
                 Ok(()) => Answer::done(),
                 Err(error) => Answer::error(500, &format!("cannot press the power button: {error}")),
             },
-            (Put, "vm.pause") => changed(self.gate.pause(PAUSE_WITHIN)),
-            (Put, "vm.resume") => changed(self.gate.resume()),
+            (Put, "vm.pause") => changed(self.pause.pause(PAUSE_WITHIN)),
+            (Put, "vm.resume") => changed(self.pause.resume()),
             (Put, "vmm.ping" | "vm.info" | "vm.counters") => {
                 Answer::error(405, &format!("GET {path}, not PUT"))
             }
@@ -124,7 +124,9 @@ fn not_found(path: &str) -> Answer {
 fn changed(result: Result<(), pause::Error>) -> Answer {
     match result {
         Ok(()) => Answer::done(),
-        Err(error @ pause::Error::Stuck { .. }) => Answer::error(500, &error.to_string()),
+        Err(error @ (pause::Error::Stuck { .. } | pause::Error::Busy { .. })) => {
+            Answer::error(500, &error.to_string())
+        }
         Err(error) => Answer::error(405, &error.to_string()),
     }
 }
@@ -143,7 +145,7 @@ mod tests {
         Control {
             config: (&options).into(),
             memory: options.memory.size,
-            gate: Arc::default(),
+            pause: Pause::new(Arc::default(), Vec::new()),
             end: Arc::new(EndSignal::new().unwrap()),
             button: PowerButton::new().unwrap(),
             counters: BTreeMap::new(),

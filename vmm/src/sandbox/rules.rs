@@ -53,7 +53,7 @@ impl ivcpu_sandbox::Role for Role {
             Self::Reconnect => &[THREADS, CONNECT, VHOST_USER],
             Self::Deadline => &[DEADLINE],
             Self::Console => &[CONSOLE],
-            Self::Api => &[API],
+            Self::Api => &[API, VHOST_USER],
         };
         [EVERY_THREAD, TERMINAL].iter().chain(own).flat_map(|list| list.iter())
     }
@@ -152,7 +152,7 @@ const DEADLINE: &[Rule] = &[any(shutdown)];
 
 const CONSOLE: &[Rule] = &[any(poll)];
 
-/// One connection after the other, with time limits. KVM's statistics and the counts of exits are files that are open.
+/// One connection after the other, with time limits. Backends are told of a pause. KVM's statistics and the counts of exits are files that are open.
 const API: &[Rule] = &[
     any(accept4),
     any(recvfrom),

@@ -12,6 +12,7 @@
 
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -28,6 +29,7 @@ use super::{Activation, ConfigChange, Device, Queue, read_bytes};
 use crate::chain::Chain;
 use crate::events;
 use crate::memory::GuestMemory;
+use crate::pause::Pausable;
 
 const CLASS_ETHERNET: u32 = 0x02_0000;
 const VIRTIO_F_IN_ORDER: u32 = 35;
@@ -82,6 +84,8 @@ struct Net {
     offered: u64,
     mac: [u8; 6],
     announce: bool,
+    /// Whether the VM is paused: no ring carries packets.
+    paused: bool,
     session: Option<Session>,
     running: Option<Running>,
     /// Written when a backend is there again.
@@ -142,7 +146,7 @@ impl Net {
             (Some(session), Some(running)) => {
                 let rings = &running.rings;
                 session.start(&self.memory, running.features, rings, &self.broken, base, |ring| {
-                    running.is_enabled(ring)
+                    !self.paused && running.is_enabled(ring)
                 })
             }
             _ => Ok(()),
@@ -207,6 +211,17 @@ impl Net {
         }
         // Where the backend was lost, its successor gets the new number.
         true
+    }
+
+    /// Has the backend keep off the rings, or use them again.
+    fn set_paused(&mut self, paused: bool) {
+        self.paused = paused;
+        let (Some(running), Some(session)) = (&self.running, &mut self.session) else { return };
+        let mut rings = running.rings.iter().filter(|ring| running.is_enabled(ring.index));
+        // One that is lost in between keeps off them too, and its successor is told in its turn.
+        if let Err(error) = rings.try_for_each(|ring| session.set_enabled(ring.index, !paused)) {
+            self.give_up(&error);
+        }
     }
 
     /// The backend cannot go on with what the driver wrote to a ring, or a backend before it could not.
@@ -298,6 +313,7 @@ impl VhostUserNet {
             offered,
             mac,
             announce: false,
+            paused: false,
             session: Some(session),
             running: None,
             back,
@@ -374,6 +390,22 @@ impl Device for VhostUserNet {
 
     fn reset(&mut self) {
         self.lock().reset();
+    }
+}
+
+impl Pausable for VhostUserNet {
+    fn pause(&self, _: Duration) -> bool {
+        // The session has a time limit of its own.
+        self.lock().set_paused(true);
+        true
+    }
+
+    fn resume(&self) {
+        self.lock().set_paused(false);
+    }
+
+    fn name(&self) -> String {
+        format!("the backend at {}", self.lock().options.socket.display())
     }
 }
 

@@ -196,6 +196,24 @@ fn pairs_are_switched_on_and_off_at_the_backend() {
 }
 
 #[test]
+fn a_paused_vms_rings_are_off_also_at_a_backend_that_comes_meanwhile() {
+    let rig = Rig::new();
+    let (backend, net) = rig.connect(2, VERSION_1 | MQ, 4);
+    let net = net.unwrap();
+    activate(&net, VERSION_1 | MQ, (0..5).map(queue).collect());
+    backend.heard(0);
+    assert!(net.pause(Duration::ZERO));
+    assert_eq!(backend.heard(SET_VRING_ENABLE), [[0, 0], [1, 0]]);
+    backend.die();
+    net.lock().lost();
+    let (next, resumed) = Backend::accept(&rig.listener, VERSION_1 | MQ, 4, || net.reconnect());
+    resumed.unwrap();
+    assert_eq!(next.heard(SET_VRING_ENABLE), [[0, 0], [1, 0], [2, 0], [3, 0]]);
+    Pausable::resume(&net);
+    assert_eq!(next.heard(SET_VRING_ENABLE), [[0, 1], [1, 1]]);
+}
+
+#[test]
 fn a_backend_that_comes_back_goes_on_at_the_used_index() {
     let rig = Rig::new();
     let (backend, net) = rig.connect(1, VERSION_1, 2);

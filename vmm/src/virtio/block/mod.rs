@@ -12,8 +12,10 @@ pub mod options;
 pub mod request;
 pub mod worker;
 
-use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel, sync_channel};
+use std::path::PathBuf;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
 use virtio_bindings::virtio_blk::*;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
@@ -25,6 +27,7 @@ use self::options::DiskOptions;
 use self::worker::{Command, Worker};
 use super::{Activation, Device, read_bytes};
 use crate::memory::GuestMemory;
+use crate::pause::Pausable;
 
 const CLASS_STORAGE: u32 = 0x01_8000;
 /// Bytes of `struct virtio_blk_config` as far as it is used.
@@ -53,8 +56,49 @@ pub struct Block {
     features: u64,
     config: [u8; CONFIG_SIZE],
     queue_sizes: Vec<u16>,
-    commands: Option<Sender<Command>>,
+    thread: Arc<Thread>,
+}
+
+/// The way to the disk's thread, which ends when the device lets go of this.
+struct Thread {
+    path: PathBuf,
+    commands: Mutex<Option<Sender<Command>>>,
     wake: EventFd,
+}
+
+impl Thread {
+    fn tell(&self, command: Command) {
+        // A thread that is gone has died of a bug; its disk does not answer any more.
+        if let Some(commands) = &*self.commands.lock().unwrap_or_else(PoisonError::into_inner)
+            && commands.send(command).is_ok()
+        {
+            let _ = self.wake.write(1);
+        }
+    }
+}
+
+/// A disk, for whoever pauses the VM.
+struct Rest(Weak<Thread>);
+
+impl Pausable for Rest {
+    fn pause(&self, within: Duration) -> bool {
+        let Some(thread) = self.0.upgrade() else { return true };
+        let (pausing, paused) = sync_channel(0);
+        thread.tell(Command::Pause(pausing));
+        // Also when the thread is gone.
+        paused.recv_timeout(within) != Err(RecvTimeoutError::Timeout)
+    }
+
+    fn resume(&self) {
+        if let Some(thread) = self.0.upgrade() {
+            thread.tell(Command::Resume);
+        }
+    }
+
+    fn name(&self) -> String {
+        let path = self.0.upgrade().map(|thread| thread.path.display().to_string());
+        format!("the disk {}", path.unwrap_or_default())
+    }
 }
 
 impl Block {
@@ -94,19 +138,18 @@ impl Block {
             features: bits.iter().fold(0, |features, bit| features | 1 << bit),
             config,
             queue_sizes: vec![options.queue_size; usize::from(queues)],
-            commands: Some(commands),
-            wake,
+            thread: Arc::new(Thread {
+                path: options.path.clone(),
+                commands: Mutex::new(Some(commands)),
+                wake,
+            }),
         };
         Ok((block, worker))
     }
 
-    fn tell(&self, command: Command) {
-        // A thread that is gone has died of a bug; its disk does not answer any more.
-        if let Some(commands) = &self.commands
-            && commands.send(command).is_ok()
-        {
-            let _ = self.wake.write(1);
-        }
+    /// What pauses it.
+    pub fn pausable(&self) -> Box<dyn Pausable> {
+        Box::new(Rest(Arc::downgrade(&self.thread)))
     }
 }
 
@@ -161,7 +204,7 @@ impl Device for Block {
     }
 
     fn activate(&mut self, activation: Activation) {
-        self.tell(Command::Start(activation.queues, activation.features));
+        self.thread.tell(Command::Start(activation.queues, activation.features));
     }
 
     fn serves(&self, _: u16) -> bool {
@@ -172,7 +215,7 @@ impl Device for Block {
 
     fn reset(&mut self) {
         let (stopping, stopped) = sync_channel(0);
-        self.tell(Command::Stop(stopping));
+        self.thread.tell(Command::Stop(stopping));
         // Ends when the thread drops its side, also when it does so because it is gone.
         let _ = stopped.recv();
     }
@@ -180,8 +223,8 @@ impl Device for Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        self.commands = None;
-        let _ = self.wake.write(1);
+        *self.thread.commands.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        let _ = self.thread.wake.write(1);
     }
 }
 

@@ -53,6 +53,10 @@ pub enum Command {
     Start(Vec<Queue>, u64),
     /// Let go of the queues, and say so by dropping this.
     Stop(SyncSender<()>),
+    /// Finish what the kernel has, begin nothing new, and say so by dropping this.
+    Pause(SyncSender<()>),
+    /// Go on.
+    Resume,
 }
 
 /// A disk's side of the image, before its thread runs.
@@ -117,6 +121,8 @@ struct Service {
     write_flags: i32,
     /// Whether the kernel was too short of something to take what is pushed.
     unsubmitted: bool,
+    /// Whether new requests wait.
+    paused: bool,
     complained: bool,
 }
 
@@ -133,6 +139,7 @@ impl Service {
             bytes: 0,
             write_flags: 0,
             unsubmitted: false,
+            paused: false,
             complained: false,
         }
     }
@@ -158,6 +165,12 @@ impl Service {
                     self.rings.clear();
                     drop(stopped);
                 }
+                Ok(Command::Pause(paused)) => {
+                    self.drain();
+                    self.paused = true;
+                    drop(paused);
+                }
+                Ok(Command::Resume) => self.paused = false,
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
             }
@@ -201,6 +214,9 @@ impl Service {
     /// Takes requests out of the queues, as many as may be in flight; whether a queue may hold more that may be.
     fn serve(&mut self) -> bool {
         let mut more = false;
+        if self.paused {
+            return more;
+        }
         // What may be in flight can be used up by one queue, so each is the first one in turn.
         let (first, count) = (self.first, self.rings.len());
         self.first = (first + 1) % count.max(1);

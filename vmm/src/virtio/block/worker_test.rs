@@ -332,6 +332,33 @@ fn a_reset_waits_for_what_is_in_flight() {
 }
 
 #[test]
+fn a_paused_disk_has_nothing_in_flight_and_begins_nothing() {
+    let Some(mut driver) = Driver::new("", FLUSH) else { return };
+    let rest = driver.block.as_ref().unwrap().pausable();
+    let ask = |driver: &mut Driver, byte: u8| {
+        for number in 0..4 {
+            let head = driver.prepare(0, number, VIRTIO_BLK_T_OUT, 0, &[byte; 0x4000], false);
+            driver.offer(0, head);
+        }
+        driver.kicks[0].write(1).unwrap();
+    };
+    for round in 1..=3 {
+        ask(&mut driver, round);
+        assert!(rest.pause(Duration::from_secs(10)));
+        // What it had begun is done, what it had not is not; all of it waits for the kick again.
+        let (used, bytes) = (driver.used(0), driver.bytes(0, 512));
+        driver.kicks[0].write(1).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!((driver.used(0), driver.bytes(0, 512)), (used, bytes));
+        rest.resume();
+        driver.wait(0);
+        assert_eq!(driver.bytes(0, 512), [round; 512]);
+    }
+    drop(driver);
+    assert!(rest.pause(Duration::ZERO), "a disk that is gone rests");
+}
+
+#[test]
 fn an_image_that_became_shorter_is_an_error() {
     let Some(mut driver) = Driver::new("", FLUSH) else { return };
     driver.file.as_file().set_len(512).unwrap();
