@@ -1,4 +1,5 @@
-//! A VM in its sandbox, as it is by default: it does all it should, says so over its API, and is switched off by SIGTERM.
+//! A VM in its sandbox, as it is by default: it does all it should, talks over its virtio console, says so over its API, and is
+//! switched off by SIGTERM.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -29,7 +30,9 @@ fn start(host: &Host, backend: &Backend, socket: &Path) -> Result<Vm> {
     let words = [
         ("--kernel", kernel.display().to_string()),
         ("--initramfs", image.display().to_string()),
-        ("--cmdline", "console=ttyS0 quiet panic=-1".into()),
+        ("--cmdline", "console=hvc0 quiet panic=-1".into()),
+        ("--serial", "null".into()),
+        ("--console", "tty".into()),
         ("--memory", "size=512M".into()),
         ("--cpus", "boot=2,affinity=[0@[0],1@[1]]".into()),
         ("--ivcpu", format!("affinity=[{}]", pcpu::IVCPU)),

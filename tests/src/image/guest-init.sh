@@ -1,5 +1,6 @@
 #!/bin/busybox sh
-# First process of a guest: loads the drivers and hands the serial line to the lab's guest agent.
+# First process of a guest: loads the drivers and hands the serial line, or the console that the kernel was told to use, to the lab's
+# guest agent.
 /bin/busybox --install -s /bin
 export PATH=/usr/bin:/usr/sbin:/bin HOME=/ TMPDIR=/tmp
 mount -t proc proc /proc
@@ -16,5 +17,7 @@ done < /load
 dmesg -n 1
 ip link set lo up
 
-/bin/ivcpu-lab guest < /dev/ttyS0 > /dev/ttyS0 2> /tmp/agent.log || cat /tmp/agent.log
+terminal=/dev/ttyS0
+grep -q console=hvc0 /proc/cmdline && terminal=/dev/hvc0
+/bin/ivcpu-lab guest < $terminal > $terminal 2> /tmp/agent.log || cat /tmp/agent.log
 poweroff -f
