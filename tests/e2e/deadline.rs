@@ -50,22 +50,16 @@ fn a_host_whose_kernel_panics_does_not_wait_for_the_deadline() -> Result<()> {
 }
 
 #[test]
-fn a_silent_host_ends_the_command_that_runs_in_it() -> Result<()> {
-    let mut host = trial::boot(&[])?;
-    // The command stops its parent, the agent, which then no longer says that it is alive.
-    let stop = host.command(["sh", "-c", "kill -STOP $PPID; sleep 600"]);
-    let error = host.run(&stop, Input::Empty, None, |_, _| ()).expect_err("the agent is stopped");
-    assert!(matches!(&error, Error::Stuck { console, .. } if console.exists()), "{error}");
-    Ok(())
-}
-
-#[test]
-fn a_command_beyond_its_deadline_is_ended() -> Result<()> {
+fn a_command_beyond_its_deadline_is_ended_and_so_is_one_in_a_silent_host() -> Result<()> {
     let mut host = trial::boot(&[])?;
     let sleep = host.command(["sleep", "600"]);
     let error =
         host.run(&sleep, Input::Empty, Some(Duration::from_secs(2)), |_, _| ()).expect_err("it sleeps on");
     assert!(matches!(error, Error::Deadline(..)), "{error}");
+    // The command stops its parent, the agent, which then no longer says that it is alive.
+    let stop = host.command(["sh", "-c", "kill -STOP $PPID; sleep 600"]);
+    let error = host.run(&stop, Input::Empty, None, |_, _| ()).expect_err("the agent is stopped");
+    assert!(matches!(&error, Error::Stuck { console, .. } if console.exists()), "{error}");
     Ok(())
 }
 

@@ -261,7 +261,7 @@ impl EmulatedHost {
     }
 
     /// Runs a command to its end and gives its exit status; `output` gets what it writes (and whether to standard
-    /// error). After an error the emulated host is of no use any more, except after `NotStarted`.
+    /// error). After an error the emulated host is of no use any more, except after `NotStarted` and `Deadline`.
     pub fn run(
         &mut self,
         run: &Run,
@@ -279,7 +279,8 @@ impl EmulatedHost {
         loop {
             let left = deadline.map(|deadline| deadline.saturating_sub(start.elapsed()));
             if left.is_some_and(|left| left.is_zero()) {
-                let _ = self.request(&Request::Kill);
+                self.request(&Request::Kill)?;
+                self.wait_for_exit()?;
                 return Err(Error::Deadline(what, deadline.unwrap_or_default()));
             }
             match self.events.recv_timeout(left.unwrap_or(SILENCE).min(SILENCE)) {
@@ -291,6 +292,24 @@ impl EmulatedHost {
                 Err(RecvTimeoutError::Timeout) if left.is_some_and(|left| left < SILENCE) => {}
                 Err(RecvTimeoutError::Timeout) => {
                     return Err(self.stuck(format!("no sign of life for {SILENCE:?}")));
+                }
+                Ok(Event::PoweredOff) | Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Error::Gone(last_lines(&self.console)));
+                }
+            }
+        }
+    }
+
+    /// What a killed command says last; the next one's exit is not taken for its own then.
+    fn wait_for_exit(&self) -> Result<(), Error> {
+        let deadline = Instant::now() + SILENCE;
+        loop {
+            match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Event::Agent(Report::Exit(_) | Report::NotStarted(_))) => return Ok(()),
+                Ok(Event::Agent(_)) => {}
+                Ok(Event::Stalled(sign)) => return Err(self.stuck(sign)),
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(self.stuck(format!("a killed command did not end within {SILENCE:?}")));
                 }
                 Ok(Event::PoweredOff) | Err(RecvTimeoutError::Disconnected) => {
                     return Err(Error::Gone(last_lines(&self.console)));
