@@ -1,5 +1,6 @@
 //! A Debian disk image, as it is for everyday use, under ivcpu-vmm: systemd boots it from our disk to a login prompt, apt
-//! installs a package over our network, as docs/standalone.md says; both devices interrupt the IVCPU, and what is left after the power-off is clean.
+//! installs packages over our network, as docs/standalone.md says; both devices interrupt the IVCPU, and what is left after the power-off is clean.
+//! One of the packages is our own: its backend is a service of that systemd, as docs/install.md says, until it is purged.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,12 +8,14 @@ use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use ivcpu_lab::emulated_host::{EmulatedHost, Options};
+use ivcpu_lab::guide;
 use ivcpu_lab::image::debian::{self, DebianImage, DiskCopy};
 use ivcpu_lab::in_host::measure::queue_interrupts;
 use ivcpu_lab::in_host::{Cable, Host, Login, TAP, Wire};
 use ivcpu_lab::link::{Link, PREFIX};
+use ivcpu_lab::package::{Programs, package};
 use ivcpu_lab::pcpu;
 use ivcpu_lab::process::Process;
 use ivcpu_lab::procfs::{Interrupt, virtio_interrupts};
@@ -31,8 +34,8 @@ const FILE_BYTES: usize = 2 << 20;
 /// The guest's first CPUs are the application's.
 const IVCPU: usize = pcpu::APPLICATION.len();
 
-/// Makes the package, and an archive that has it, out of files in `scratch`.
-fn make_repository(scratch: &Path) -> Result<PathBuf> {
+/// Makes the package, and an archive that has it and ours, out of files in `scratch`.
+fn make_repository(scratch: &Path, ours: &Path) -> Result<PathBuf> {
     let (tree, deb) = (scratch.join("tree"), scratch.join(format!("{PACKAGE}_1_all.deb")));
     let file = tree.join(FILE.trim_start_matches('/'));
     for folder in [file.parent(), Some(&*tree.join("DEBIAN"))].into_iter().flatten() {
@@ -50,6 +53,7 @@ fn make_repository(scratch: &Path) -> Result<PathBuf> {
     let folder = scratch.join("archive");
     let mut repository = Repository::create(&folder)?;
     repository.add(&deb)?;
+    repository.add(ours)?;
     repository.finish("trial")?;
     Ok(folder)
 }
@@ -87,12 +91,7 @@ fn start_servers(host: &Host, repository: &Path) -> Result<[Process; 2]> {
 
 /// The commands of the page's block `name`, and before them what it calls yours, with this host's values.
 fn as_written(host: &Host, image: &DebianImage, name: &str) -> Result<Vec<String>> {
-    let path = Workspace::locate()?.root().join("docs/standalone.md");
-    let page = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-    let (_, rest) = page
-        .split_once(&format!("```sh {name}\n"))
-        .with_context(|| format!("the page has no block {name}"))?;
-    let (commands, _) = rest.split_once("```").context("a block without an end")?;
+    let commands = guide::commands(&Workspace::locate()?, "standalone.md", name)?;
     let script = format!(
         "set -e\nPATH='{}':\"$PATH\"\nSOCKET='{}' UPLINK=tap:{TAP}\nKERNEL='{}' INITRD='{}' DISK=/dev/vda\nexec {commands}",
         host.binary("").display(),
@@ -146,12 +145,67 @@ fn on_the_ivcpu(device: &str, before: &[Interrupt], after: &[Interrupt]) -> Resu
     Ok(())
 }
 
+/// Asks a backend for its features, as a frontend begins: request 1 of version 1, without content. The answer is
+/// as long as its header and a number.
+const SAY_HELLO: &str = "perl -MIO::Socket::UNIX -e '
+    alarm 60; $socket = IO::Socket::UNIX->new(\"/run/ivcpu/net0.sock\") or die \"connect: $!\";
+    syswrite $socket, pack(\"V3\", 1, 1, 0); sysread($socket, $answer, 20) == 20 or die \"no answer: $!\";
+    ($request, $flags, $size, $features) = unpack \"V3Q<\", $answer; print \"$request $flags $size $features\"'";
+
+/// The backend of the package under systemd: started by its socket, confined, stopped, and gone with the package.
+fn is_a_service(workspace: &Workspace, guest: &mut Login) -> Result<()> {
+    let commands = guide::commands(workspace, "install.md", "service")?;
+    for command in commands.lines() {
+        guest.run(command, COMMAND)?;
+    }
+    let mut run = |command: &str| guest.run(command, COMMAND);
+    ensure!(
+        run("systemctl is-active ivcpu-backend@net0.service || :")? == "inactive",
+        "it waits for a frontend"
+    );
+    let answer = run(SAY_HELLO)?;
+    let numbers: Vec<u64> =
+        answer.split_whitespace().map(str::parse).collect::<Result<_, _>>().context(answer)?;
+    let [1, 5, 8, features] = numbers[..] else { bail!("another answer: {numbers:?}") };
+    ensure!(features & (1 << 32) != 0, "no VERSION_1: {features:#x}");
+
+    // It says when it is ready; a frontend's session may be over before that is read.
+    run("systemctl is-active --wait ivcpu-backend@net0.service")?;
+    let process = run("systemctl show --property MainPID --value ivcpu-backend@net0.service")?;
+    let status = run(&format!("cat /proc/{process}/status"))?;
+    for expected in
+        ["NoNewPrivs:\t1", "Seccomp:\t2", "CapEff:\t0000000000000000", "CapPrm:\t0000000000000000"]
+    {
+        ensure!(status.contains(expected), "{expected:?} is not in {status}");
+    }
+    ensure!(!status.contains("Uid:\t0"), "it runs as root: {status}");
+    run("ip link show tap0")?;
+    run("test -S /run/ivcpu-net0/metrics")?;
+
+    run("systemctl stop ivcpu-backend@net0.socket ivcpu-backend@net0.service")?;
+    let result = run("systemctl show --property Result,NRestarts --value ivcpu-backend@net0.service")?;
+    ensure!(result.split_whitespace().eq(["success", "0"]), "it ended with {result}");
+    let said = run("journalctl --quiet --no-pager --output cat _COMM=ivcpu-backend")?;
+    ensure!(said.is_empty(), "the backend says {said}");
+    run("apt-get -q -y purge ivcpu")?;
+    let left = run(
+        "find /etc/ivcpu /run/ivcpu* /etc/systemd/system -name '*ivcpu-backend*' -o -name '*.env' 2> /dev/null || :",
+    )?;
+    ensure!(left.is_empty(), "purged, and left: {left}");
+    ensure!(
+        run("systemctl list-unit-files --no-legend 'ivcpu-backend*' | cat")?.is_empty(),
+        "units are left"
+    );
+    Ok(())
+}
+
 fn works_day_to_day(host: &Host) -> Result<()> {
     let begin = Instant::now();
     let at = |what: &str| println!("{:5.1} s: {what}", begin.elapsed().as_secs_f64());
-    let repository = make_repository(host.scratch())?;
+    let workspace = Workspace::locate()?;
+    let repository = make_repository(host.scratch(), &Programs::OfTheLab.package(&workspace))?;
     let _wire = Wire::set_up(Cable::Tap(1))?;
-    let image = DebianImage::made(&Workspace::locate()?);
+    let image = DebianImage::made(&workspace);
     let backend = start_backend(host, &image)?;
     let _servers = start_servers(host, &repository)?;
     let mut guest = Login::start(host, &as_written(host, &image, "vmm")?)?;
@@ -173,15 +227,17 @@ fn works_day_to_day(host: &Host) -> Result<()> {
     guest.run(&source, COMMAND)?;
     guest.run("apt-get -q update", COMMAND)?;
     at("apt-get update");
-    guest.run(&format!("apt-get -q -y install {PACKAGE}"), COMMAND)?;
+    guest.run(&format!("apt-get -q -y --no-install-recommends install {PACKAGE} ivcpu"), COMMAND)?;
     at("apt-get install");
     // What is read again comes from the disk.
     guest.run("sync; echo 3 > /proc/sys/vm/drop_caches", COMMAND)?;
-    guest.run(&format!("dpkg --verify {PACKAGE}"), COMMAND)?;
+    guest.run(&format!("dpkg --verify {PACKAGE} ivcpu"), COMMAND)?;
     let after = interrupts(&mut guest)?;
     for device in [&disk, &net] {
         on_the_ivcpu(device, &before, &after)?;
     }
+    is_a_service(&workspace, &mut guest)?;
+    at("the backend was a service");
     let failed = guest.run("systemctl --failed --no-legend --plain", COMMAND)?;
     ensure!(failed.is_empty(), "units that failed: {failed}");
     let errors = guest.run("dmesg --level emerg,alert,crit | cat", COMMAND)?;
@@ -199,6 +255,7 @@ fn works_day_to_day(host: &Host) -> Result<()> {
 fn boot_with_disk() -> Result<(EmulatedHost, DiskCopy)> {
     let workspace = Workspace::locate()?;
     let provision = Provision::new(&workspace);
+    package(&workspace, &provision, Programs::OfTheLab)?;
     let disk = debian::prepare(&workspace, &provision)?.copy_disk(&workspace)?;
     let options = Options { disk: Some(disk.path().into()), ..Options::default() };
     Ok((EmulatedHost::build_and_boot(&workspace, &provision, &[], &options)?, disk))

@@ -7,6 +7,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use ivcpu_lab::guide;
 use ivcpu_lab::in_host::fifo_guest::{load_module, module_counters, send_to_loop};
 use ivcpu_lab::in_host::{Host, Vm};
 use ivcpu_lab::process::Process;
@@ -17,12 +18,7 @@ use nix::sys::signal::Signal;
 
 /// The page's block of commands with this name.
 fn block(name: &str) -> Result<String> {
-    let path = Workspace::locate()?.root().join("docs/pairing.md");
-    let page = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-    let opening = format!("```sh {name}\n");
-    let from = page.find(&opening).with_context(|| format!("the page has no block {name}"))? + opening.len();
-    let length = page[from..].find("```").context("a block without an end")?;
-    Ok(page[from..from + length].to_owned())
+    guide::commands(&Workspace::locate()?, "pairing.md", name)
 }
 
 /// What the page calls yours: the same names, this machine's values.

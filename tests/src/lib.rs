@@ -6,6 +6,7 @@ pub mod compare;
 pub mod emulated_host;
 pub mod figures;
 pub mod guest;
+pub mod guide;
 pub mod html;
 pub mod image;
 pub mod in_host;

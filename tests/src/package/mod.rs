@@ -3,6 +3,7 @@
 //! What goes where stands in `[package.metadata.deb]` of vmm/Cargo.toml, for cargo-deb. What is made of other things first
 //! (manual pages, completions, the module's sources as DKMS wants them) is put beside the programs.
 
+mod c_library;
 pub mod manual;
 mod notices;
 
@@ -78,6 +79,15 @@ impl Programs {
         }
     }
 
+    /// Where their package is once it is made.
+    pub fn package(self, workspace: &Workspace) -> PathBuf {
+        let file = format!("ivcpu_{VERSION}_amd64.deb");
+        match self {
+            Programs::Shipped => self.folder(workspace).with_file_name("debian").join(file),
+            Programs::OfTheLab => self.folder(workspace).join(file),
+        }
+    }
+
     /// The folder they are in, named after their profile.
     fn folder(self, workspace: &Workspace) -> PathBuf {
         match self {
@@ -100,11 +110,10 @@ pub fn package(workspace: &Workspace, provision: &Provision, programs: Programs)
     programs.build(workspace)?;
     let folder = programs.folder(workspace);
     stage(provision, workspace, &folder.join("package"))?;
-    let file = format!("ivcpu_{VERSION}_amd64.deb");
-    let package = match programs {
-        Programs::Shipped => folder.with_file_name("debian").join(file),
-        Programs::OfTheLab => folder.join(file),
-    };
+    let package = programs.package(workspace);
+    let files = PROGRAMS.map(|program| folder.join(program));
+    let variant =
+        c_library::variant(files.iter().map(PathBuf::as_path)).map_err(|e| Error::Read(folder.clone(), e))?;
     // It starts cargo by its name.
     let mut path = vec![workspace::cargo().parent().unwrap_or(Path::new("")).to_path_buf()];
     path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
@@ -116,6 +125,9 @@ pub fn package(workspace: &Workspace, provision: &Provision, programs: Programs)
         .arg(&package)
         .env("PATH", std::env::join_paths(path).unwrap_or_default())
         .current_dir(workspace.root());
+    if let Some(variant) = variant {
+        command.args(["--variant", variant]);
+    }
     run(&mut command, &cargo_deb, "cargo-deb")?;
     Ok(package)
 }

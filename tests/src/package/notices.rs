@@ -1,4 +1,4 @@
-//! The licences of the crates that the programs are made of, which those that have one want to be passed on with them.
+//! The licences of the crates that the programs are made of, and of Rust's own library, which want to be passed on with them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -7,6 +7,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+
+/// What every program of Rust is made of, beside its crates. Both texts stand below, because many crates have the same licences.
+const STANDARD_LIBRARY: &str =
+    "the Rust standard library: MIT OR Apache-2.0; copyright (c) The Rust Project Contributors";
 
 /// What `cargo metadata` says.
 #[derive(Debug, Deserialize)]
@@ -61,6 +65,7 @@ impl Metadata {
             }
         }
         let mut notices = String::from("Parts of ivcpu by others, and their licences.\n\n");
+        let _ = writeln!(notices, "{STANDARD_LIBRARY}");
         for package in self.linked_into(programs) {
             let license = package.license.as_deref().unwrap_or("see below");
             // Writing to a String does not fail.
