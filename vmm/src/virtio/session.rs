@@ -1,7 +1,7 @@
 //! A session with a vhost-user backend: one connection, from the first message to the hang-up.
 //!
 //! Order of the messages: features and protocol features, owner; when the driver is ready memory, then for each ring its
-//! size, addresses, base, call, error and kick; then the rings that are in use are enabled. A ring stops with GET_VRING_BASE. Every request
+//! size, addresses, base, call and kick; then the rings that are in use are enabled. A ring stops with GET_VRING_BASE. Every request
 //! asks for an acknowledgement where the backend gives one, so an error is met where it happens.
 
 use std::io;
@@ -16,7 +16,6 @@ use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures,
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::Queue;
 use super::deadline::Deadline;
@@ -176,14 +175,12 @@ impl Session {
         self.stream.as_raw_fd()
     }
 
-    /// Gives the rings to the backend; those for which `enabled` says so may carry packets. It writes to `broken` when it cannot go on
-    /// with one.
+    /// Gives the rings to the backend; those for which `enabled` says so may carry packets.
     pub fn start(
         &mut self,
         memory: &GuestMemory,
         features: u64,
         rings: &[Queue],
-        broken: &EventFd,
         base: Base,
         enabled: impl Fn(u16) -> bool,
     ) -> Result<(), Error> {
@@ -215,7 +212,6 @@ impl Session {
             };
             self.frontend.set_vring_base(index, start).map_err(failed("SET_VRING_BASE"))?;
             self.frontend.set_vring_call(index, &ring.call).map_err(failed("SET_VRING_CALL"))?;
-            self.frontend.set_vring_err(index, broken).map_err(failed("SET_VRING_ERR"))?;
             self.frontend.set_vring_kick(index, &ring.kick).map_err(failed("SET_VRING_KICK"))?;
             self.started.push(index);
         }

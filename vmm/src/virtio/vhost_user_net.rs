@@ -90,8 +90,6 @@ struct Net {
     running: Option<Running>,
     /// Written when a backend is there again.
     back: EventFd,
-    /// Written by a backend that cannot go on with a ring.
-    broken: EventFd,
 }
 
 impl Net {
@@ -145,7 +143,7 @@ impl Net {
         match (&mut self.session, &self.running) {
             (Some(session), Some(running)) => {
                 let rings = &running.rings;
-                session.start(&self.memory, running.features, rings, &self.broken, base, |ring| {
+                session.start(&self.memory, running.features, rings, base, |ring| {
                     !self.paused && running.is_enabled(ring)
                 })
             }
@@ -159,8 +157,6 @@ impl Net {
         if let Some(Err(error)) = self.session.as_mut().map(Session::stop) {
             self.give_up(&error);
         }
-        // What was broken is no business of the next driver's.
-        let _ = self.broken.read();
     }
 
     fn serve_control_queue(&mut self) {
@@ -221,14 +217,6 @@ impl Net {
         // One that is lost in between keeps off them too, and its successor is told in its turn.
         if let Err(error) = rings.try_for_each(|ring| session.set_enabled(ring.index, !paused)) {
             self.give_up(&error);
-        }
-    }
-
-    /// The backend cannot go on with what the driver wrote to a ring, or a backend before it could not.
-    fn ring_is_broken(&self) {
-        let _ = self.broken.read();
-        if let Some(running) = &self.running {
-            running.config_change.ask_for_reset();
         }
     }
 
@@ -304,8 +292,7 @@ impl VhostUserNet {
                 feature: "several queue pairs (VIRTIO_NET_F_MQ)",
             });
         }
-        let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
-        let (back, broken) = (event()?, event()?);
+        let back = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         let mac = options.mac.0;
         let net = Net {
             options,
@@ -317,7 +304,6 @@ impl VhostUserNet {
             session: Some(session),
             running: None,
             back,
-            broken,
         };
         Ok(Self(Arc::new(Mutex::new(net))))
     }
@@ -416,8 +402,6 @@ impl MutEventSubscriber for VhostUserNet {
         if events.fd() == net.back.as_raw_fd() {
             let _ = net.back.read();
             watch_hang_up(&net, ops);
-        } else if events.fd() == net.broken.as_raw_fd() {
-            net.ring_is_broken();
         } else if net.session.as_ref().is_some_and(|session| session.as_raw_fd() == events.fd()) {
             let _ = ops.remove(Events::empty_raw(events.fd()));
             net.lost();
@@ -429,7 +413,6 @@ impl MutEventSubscriber for VhostUserNet {
     fn init(&mut self, ops: &mut EventOps) {
         let net = self.lock();
         events::watch(ops, net.back.as_raw_fd());
-        events::watch(ops, net.broken.as_raw_fd());
         watch_hang_up(&net, ops);
     }
 }

@@ -21,7 +21,6 @@ const GET_FEATURES: u32 = 1;
 const SET_FEATURES: u32 = 2;
 const SET_VRING_BASE: u32 = 10;
 const GET_VRING_BASE: u32 = 11;
-const SET_VRING_ERR: u32 = 14;
 const GET_PROTOCOL_FEATURES: u32 = 15;
 const GET_QUEUE_NUM: u32 = 17;
 const SET_VRING_ENABLE: u32 = 18;
@@ -336,22 +335,6 @@ fn reset_takes_the_rings_back() {
     assert!(backend.heard(GET_VRING_BASE).is_empty(), "once");
     activate(&net, VERSION_1, (0..2).map(queue).collect());
     assert_eq!(backend.heard(SET_VRING_BASE).len(), 2, "the next driver gets them");
-}
-
-#[test]
-fn a_ring_that_the_backend_gives_up_asks_the_driver_for_a_reset() {
-    let rig = Rig::new();
-    let (backend, net) = rig.connect(1, VERSION_1, 2);
-    let mut net = net.unwrap();
-    let (config_change, _) = activate(&net, VERSION_1, (0..2).map(queue).collect());
-    assert_eq!(backend.heard(SET_VRING_ERR), [[0, 0], [1, 0]]);
-    let broken = net.lock().broken.try_clone().unwrap();
-    broken.write(1).unwrap();
-    net.lock().ring_is_broken();
-    assert!(config_change.needs_reset() && broken.read().is_err());
-    broken.write(1).unwrap();
-    net.reset();
-    assert!(broken.read().is_err(), "the next driver's rings are not broken");
 }
 
 #[test]
