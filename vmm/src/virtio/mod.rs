@@ -8,6 +8,7 @@ pub mod block;
 pub mod console;
 pub mod control_queue;
 pub mod deadline;
+pub mod device_status;
 pub mod net_options;
 pub mod reconnect;
 pub mod registers;

@@ -16,17 +16,45 @@ const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 const MQ: u64 = 1 << VIRTIO_NET_F_MQ;
 const PROTOCOL_FEATURES: u64 = 1 << 30;
 const PROTOCOL_MQ_AND_ACK: u64 = 0b1001;
+const PROTOCOL_MEMORY_SLOTS: u64 = 1 << 15;
+const PROTOCOL_STATUS: u64 = 1 << 16;
 
 const GET_FEATURES: u32 = 1;
 const SET_FEATURES: u32 = 2;
+const SET_MEM_TABLE: u32 = 5;
 const SET_VRING_BASE: u32 = 10;
 const GET_VRING_BASE: u32 = 11;
+const SET_VRING_KICK: u32 = 12;
 const GET_PROTOCOL_FEATURES: u32 = 15;
 const GET_QUEUE_NUM: u32 = 17;
 const SET_VRING_ENABLE: u32 = 18;
+const ADD_MEM_REG: u32 = 37;
+const SET_STATUS: u32 = 39;
 
 /// A message as it arrived: request, and its payload as 32-bit words.
 type Message = (u32, Vec<u32>);
+
+/// What a backend can do.
+#[derive(Clone, Copy)]
+struct Kind {
+    features: u64,
+    protocol: u64,
+    queues: u64,
+    /// Starts every ring at its first entry, whatever it is told.
+    forgets: bool,
+}
+
+impl Kind {
+    fn new(features: u64, queues: u64) -> Self {
+        Self { features, protocol: PROTOCOL_MQ_AND_ACK, queues, forgets: false }
+    }
+
+    /// As Alioth's is: it takes memory by regions, begins with all rings when the driver is ready, and has a control queue.
+    fn at_once() -> Self {
+        let protocol = PROTOCOL_MQ_AND_ACK | PROTOCOL_MEMORY_SLOTS | PROTOCOL_STATUS;
+        Self { protocol, ..Self::new(VERSION_1 | 1 << VIRTIO_NET_F_CTRL_VQ, 3) }
+    }
+}
 
 /// A backend that answers as the protocol wants and notes what it was told.
 struct Backend {
@@ -43,11 +71,17 @@ impl Backend {
         queues: u64,
         connect: impl FnOnce() -> T,
     ) -> (Self, T) {
+        Self::accept_by(listener, Kind::new(features, queues), connect)
+    }
+
+    /// The same by a backend of this kind.
+    fn accept_by<T>(listener: &UnixListener, kind: Kind, connect: impl FnOnce() -> T) -> (Self, T) {
         let listener = listener.try_clone().unwrap();
         let (stream_out, stream_in) = channel();
         let (tell, heard) = channel();
         let thread = thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
+            let mut bases = [[0; 4]; 8];
             stream_out.send(stream.try_clone().unwrap()).unwrap();
             while let Ok((request, flags, payload)) = receive(&mut stream) {
                 let words = payload
@@ -55,11 +89,15 @@ impl Backend {
                     .map(|word| u32::from_le_bytes(word.try_into().unwrap()))
                     .collect();
                 let _ = tell.send((request, words));
+                let ring = usize::from(payload.first().copied().unwrap_or_default());
+                if request == SET_VRING_BASE && !kind.forgets {
+                    bases[ring].copy_from_slice(&payload[4..]);
+                }
                 let answer = match request {
-                    GET_FEATURES => Some((features | PROTOCOL_FEATURES).to_le_bytes().to_vec()),
-                    GET_PROTOCOL_FEATURES => Some(PROTOCOL_MQ_AND_ACK.to_le_bytes().to_vec()),
-                    GET_QUEUE_NUM => Some(queues.to_le_bytes().to_vec()),
-                    GET_VRING_BASE => Some(payload),
+                    GET_FEATURES => Some((kind.features | PROTOCOL_FEATURES).to_le_bytes().to_vec()),
+                    GET_PROTOCOL_FEATURES => Some(kind.protocol.to_le_bytes().to_vec()),
+                    GET_QUEUE_NUM => Some(kind.queues.to_le_bytes().to_vec()),
+                    GET_VRING_BASE => Some([&payload[..4], &bases[ring]].concat()),
                     // An acknowledgement, where one is asked for.
                     _ => (flags & 8 != 0).then(|| 0u64.to_le_bytes().to_vec()),
                 };
@@ -129,9 +167,13 @@ impl Rig {
     }
 
     fn connect(&self, pairs: u16, features: u64, queues: u64) -> (Backend, Result<VhostUserNet, Error>) {
+        self.connect_to(pairs, Kind::new(features, queues))
+    }
+
+    fn connect_to(&self, pairs: u16, kind: Kind) -> (Backend, Result<VhostUserNet, Error>) {
         let text = format!("vhost_user=true,socket={},num_queues={}", self.socket().display(), 2 * pairs);
         let options = text.parse().unwrap();
-        Backend::accept(&self.listener, features, queues, || VhostUserNet::new(options, self.memory.clone()))
+        Backend::accept_by(&self.listener, kind, || VhostUserNet::new(options, self.memory.clone()))
     }
 }
 
@@ -316,6 +358,57 @@ fn reset_takes_the_rings_back() {
     assert!(backend.heard(GET_VRING_BASE).is_empty(), "once");
     activate(&net, VERSION_1, (0..2).map(queue).collect());
     assert_eq!(backend.heard(SET_VRING_BASE).len(), 2, "the next driver gets them");
+}
+
+#[test]
+fn a_backend_that_begins_at_once_is_told_of_memory_once_and_of_drivers_each_time() {
+    let rig = Rig::new();
+    let (backend, net) = rig.connect_to(1, Kind::at_once());
+    let mut net = net.unwrap();
+    for round in 0..2 {
+        activate(&net, VERSION_1, (0..2).map(queue).collect());
+        net.reset();
+        let heard: Vec<_> = backend.heard.try_iter().collect();
+        let of = |wanted: u32| {
+            heard.iter().filter(|heard| heard.0 == wanted).map(|heard| heard.1.clone()).collect::<Vec<_>>()
+        };
+        assert!(of(SET_MEM_TABLE).is_empty());
+        assert_eq!(of(ADD_MEM_REG).len(), 1 - round, "round {round}");
+        assert_eq!(of(SET_VRING_KICK), [[0, 0], [1, 0], [2, 0]], "its control queue's, too");
+        assert_eq!(of(SET_STATUS), [[0xf, 0], [0, 0]]);
+        let at = |wanted: u32| heard.iter().position(|heard| heard.0 == wanted);
+        assert!(at(SET_VRING_ENABLE) < at(SET_STATUS), "it begins when all is said");
+        assert_eq!(heard.last().map(|heard| heard.0), Some(SET_STATUS), "it is free when all rings are back");
+    }
+}
+
+#[test]
+fn a_backend_that_begins_at_once_gets_rings_that_were_used_only_if_it_can_go_on() {
+    let rig = Rig::new();
+    let kind = Kind::at_once();
+    let (backend, net) = rig.connect_to(1, kind);
+    let mut net = net.unwrap();
+    activate(&net, VERSION_1, (0..2).map(queue).collect());
+    rig.memory.write_obj(100u16, GuestAddress(0x1_2002)).unwrap();
+    backend.die();
+    net.lock().lost();
+    let forgets = Kind { forgets: true, ..kind };
+    let (next, resumed) = Backend::accept_by(&rig.listener, forgets, || net.reconnect());
+    let forgot = matches!(resumed, Err(Error::Forgets { ring: 0, told: 100, said: 0, .. }));
+    assert!(forgot, "{resumed:?}");
+    assert!(next.heard(SET_STATUS).is_empty(), "it begins with nothing");
+    assert_eq!(status(&net), 0, "link down");
+    let (next, resumed) = Backend::accept_by(&rig.listener, kind, || net.reconnect());
+    resumed.unwrap();
+    assert_eq!(next.heard(SET_VRING_BASE), [[0, 100], [0, 100], [1, 0]]);
+    // A driver that sets its device up anew wants nothing remembered.
+    next.die();
+    net.lock().lost();
+    net.reset();
+    let (_next, resumed) = Backend::accept_by(&rig.listener, forgets, || net.reconnect());
+    resumed.unwrap();
+    activate(&net, VERSION_1, (0..2).map(queue).collect());
+    assert_eq!(status(&net), VIRTIO_NET_S_LINK_UP);
 }
 
 #[test]
