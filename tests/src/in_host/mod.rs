@@ -1,9 +1,11 @@
 //! What runs inside the host: in the emulated one, or natively on a machine with VMX or SVM.
 
 pub mod agent;
+pub mod alioth_backend;
 mod backend;
 pub mod fifo_guest;
 pub mod flow;
+pub mod huge_pages;
 mod login;
 pub mod measure;
 mod namespace;

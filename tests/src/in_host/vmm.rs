@@ -13,6 +13,8 @@ use crate::result::Carrier;
 /// Words on every guest's kernel command line.
 const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1";
 const MEMORY: &str = "512M";
+/// The same of a guest on huge pages, which the host has to set aside.
+const HUGE_MEMORY: &str = "256M";
 /// How often QEMU looks for a vhost-user backend that is gone, in milliseconds.
 const RECONNECT_MS: u32 = 100;
 const MAC: &str = "52:54:00:49:56:01";
@@ -116,6 +118,8 @@ pub struct VmConfig {
     pub function: Option<String>,
     /// Its queue pairs.
     pub queue_pairs: u16,
+    /// Its memory is made of huge pages, all of them there before it starts; our own VMM only.
+    pub huge_pages: bool,
 }
 
 impl VmConfig {
@@ -144,7 +148,14 @@ impl VmConfig {
         option("--kernel", self.kernel.display().to_string());
         option("--initramfs", self.image.display().to_string());
         option("--cmdline", self.command_line());
-        option("--memory", format!("size={MEMORY},shared=on"));
+        option(
+            "--memory",
+            if self.huge_pages {
+                format!("size={HUGE_MEMORY},hugepages=on,prefault=on")
+            } else {
+                format!("size={MEMORY},shared=on")
+            },
+        );
         option(
             "--cpus",
             format!("boot={},affinity=[{}],pv_eoi={pv_eoi}", self.application_vcpus, lists.join(",")),
@@ -323,6 +334,7 @@ mod tests {
             net,
             function: None,
             queue_pairs: 2,
+            huge_pages: false,
         }
     }
 
