@@ -141,16 +141,19 @@ pub struct Session {
     path: PathBuf,
     offered: u64,
     protocol: VhostUserProtocolFeatures,
-    /// Number of the backend's own control queue, and the kick it has for that.
-    unused: Option<(usize, EventFd)>,
+    /// Number of the backend's own control queue, if it has one that wants a kick.
+    own_control_queue: Option<usize>,
+    /// The kick for that, which nobody gives.
+    no_kick: EventFd,
     /// Whether the backend has the memory. It does not change.
     has_memory: bool,
     started: Vec<usize>,
 }
 
 impl Session {
-    /// Connects and negotiates; `vrings` rings will be used.
-    pub fn connect(path: &Path, vrings: u64) -> Result<Self, Error> {
+    /// Connects and negotiates; `vrings` rings will be used. `no_kick` is for a queue of the backend's that is not. (It is made
+    /// by the caller: a thread that looks for a lost backend may not.)
+    pub fn connect(path: &Path, vrings: u64, no_kick: EventFd) -> Result<Self, Error> {
         let stream =
             UnixStream::connect(path).map_err(|source| Error::Connect { path: path.into(), source })?;
         let deadline = Deadline::new(stream.try_clone()?)?;
@@ -162,7 +165,8 @@ impl Session {
             path: path.into(),
             offered: 0,
             protocol: VhostUserProtocolFeatures::empty(),
-            unused: None,
+            own_control_queue: None,
+            no_kick,
             has_memory: false,
             started: Vec::new(),
         };
@@ -190,7 +194,7 @@ impl Session {
             2
         };
         if at_once && has == vrings + 1 && self.offered & (1 << VIRTIO_NET_F_CTRL_VQ) != 0 {
-            self.unused = Some((vrings as usize, EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?));
+            self.own_control_queue = Some(vrings as usize);
         }
         if has >= vrings {
             return Ok(());
@@ -277,8 +281,8 @@ impl Session {
                 .set_vring_enable(usize::from(ring.index), on)
                 .map_err(failed("SET_VRING_ENABLE"))?;
         }
-        if let Some((index, kick)) = &self.unused {
-            self.frontend.set_vring_kick(*index, kick).map_err(failed("SET_VRING_KICK"))?;
+        if let Some(index) = self.own_control_queue {
+            self.frontend.set_vring_kick(index, &self.no_kick).map_err(failed("SET_VRING_KICK"))?;
         }
         self.set_status(device_status::READY)
     }
