@@ -117,10 +117,7 @@ impl Setup {
 
     fn vm_config(&self, host: &Host, net: Net, function: Option<String>) -> anyhow::Result<VmConfig> {
         ensure!(!self.huge_pages || self.vmm == Vmm::IvcpuVmm, "--huge-pages goes with --vmm ivcpu-vmm only");
-        let (mut kernel, image) = host.guest_files(self.kernel)?;
-        if self.vmm == Vmm::Alioth {
-            kernel = host.bz_image(self.kernel)?;
-        }
+        let (kernel, image) = host.guest_files(self.kernel)?;
         Ok(VmConfig {
             vmm: self.vmm,
             kernel,

@@ -1,5 +1,6 @@
 //! How each VMM is told to run the same guest.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, ensure};
@@ -277,7 +278,9 @@ impl VmConfig {
         );
         let mut words = vec![program.display().to_string(), "boot".into()];
         let mut option = |name: &str, value: String| words.extend([name.to_string(), value]);
-        option("--kernel", self.kernel.display().to_string());
+        // It does not find out by itself what a kernel is.
+        let unpacked = self.kernel.file_name() == Some(OsStr::new("vmlinux"));
+        option(if unpacked { "--pvh" } else { "--kernel" }, self.kernel.display().to_string());
         option("--initramfs", self.image.display().to_string());
         option("--cmdline", self.command_line() + &self.isolation());
         option("--memory", format!("size={MEMORY},backend=memfd"));
