@@ -27,7 +27,7 @@ fn its_vmm_moves_checked_bytes_by_our_backend_which_outlives_it_with_interrupts_
         let setup = Setup { vmm: Vmm::Alioth, mode: Mode::Irq, ..Setup::default() };
         let mut testbed = Testbed::start(host, &setup)?;
         let before = testbed.vm.interrupts()?;
-        move_both_ways(&mut testbed, 1, 2)?;
+        move_both_ways(&mut testbed, 1, 1)?;
         let irqs = queue_interrupts(&before, &testbed.vm.interrupts()?, testbed.ivcpu())?;
         // The guest's service may be a moment behind the driver.
         let on_ivcpu = irqs.ivcpu.unwrap_or(0);
