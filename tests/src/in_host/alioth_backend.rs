@@ -25,7 +25,7 @@ impl AliothBackend {
         let mut words = Vec::from(Wire::enter_words());
         words.push(host.alioth()?.display().to_string());
         words.extend(["vu".into(), "--socket".into(), socket.display().to_string()]);
-        // The guest is shown the address and the number of bytes that its VMM says.
+        // It must be told both; the guest sees neither, because its VMM has the configuration space.
         let device = format!("mac=52:54:00:49:56:01,mtu=1500,if={TAP}");
         words.extend(["net".into(), "--param".into(), device]);
         let (log, errors) = (host.log("alioth-backend.log")?, host.log("alioth-backend.log")?);

@@ -98,11 +98,6 @@ impl Host {
         Ok((Provision::new(&self.workspace).kernel(kernel)?.quickest().into(), image))
     }
 
-    /// The kernel as a VMM without a loader for ELF files wants it.
-    pub fn bz_image(&self, kernel: Kernel) -> anyhow::Result<PathBuf> {
-        Ok(Provision::new(&self.workspace).kernel(kernel)?.image)
-    }
-
     /// A folder, in memory, for sockets and the FIFO region.
     pub fn scratch(&self) -> &Path {
         self.scratch.path()

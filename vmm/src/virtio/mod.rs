@@ -14,6 +14,8 @@ pub mod reconnect;
 pub mod registers;
 pub mod ring;
 pub mod rng;
+#[cfg(test)]
+mod scripted_backend;
 pub mod session;
 pub mod transport;
 pub mod vhost_user_net;

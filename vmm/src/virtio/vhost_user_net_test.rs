@@ -1,136 +1,18 @@
 //! The device against a scripted backend: what it is told, and what happens when it goes and comes back.
 
-use std::io::{Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, channel};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
+use crate::virtio::scripted_backend::*;
 
 const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 const MQ: u64 = 1 << VIRTIO_NET_F_MQ;
-const PROTOCOL_FEATURES: u64 = 1 << 30;
-const PROTOCOL_MQ_AND_ACK: u64 = 0b1001;
-const PROTOCOL_MEMORY_SLOTS: u64 = 1 << 15;
-const PROTOCOL_STATUS: u64 = 1 << 16;
-
-const GET_FEATURES: u32 = 1;
-const SET_FEATURES: u32 = 2;
-const SET_MEM_TABLE: u32 = 5;
-const SET_VRING_BASE: u32 = 10;
-const GET_VRING_BASE: u32 = 11;
-const SET_VRING_KICK: u32 = 12;
-const GET_PROTOCOL_FEATURES: u32 = 15;
-const GET_QUEUE_NUM: u32 = 17;
-const SET_VRING_ENABLE: u32 = 18;
-const ADD_MEM_REG: u32 = 37;
-const SET_STATUS: u32 = 39;
-
-/// A message as it arrived: request, and its payload as 32-bit words.
-type Message = (u32, Vec<u32>);
-
-/// What a backend can do.
-#[derive(Clone, Copy)]
-struct Kind {
-    features: u64,
-    protocol: u64,
-    queues: u64,
-    /// Starts every ring at its first entry, whatever it is told.
-    forgets: bool,
-}
-
-impl Kind {
-    fn new(features: u64, queues: u64) -> Self {
-        Self { features, protocol: PROTOCOL_MQ_AND_ACK, queues, forgets: false }
-    }
-
-    /// As Alioth's is: it takes memory by regions, begins with all rings when the driver is ready, and has a control queue.
-    fn at_once() -> Self {
-        let protocol = PROTOCOL_MQ_AND_ACK | PROTOCOL_MEMORY_SLOTS | PROTOCOL_STATUS;
-        Self { protocol, ..Self::new(VERSION_1 | 1 << VIRTIO_NET_F_CTRL_VQ, 3) }
-    }
-}
-
-/// A backend that answers as the protocol wants and notes what it was told.
-struct Backend {
-    heard: Receiver<Message>,
-    stream: UnixStream,
-    thread: JoinHandle<()>,
-}
-
-impl Backend {
-    /// Accepts one frontend while `connect` runs.
-    fn accept<T>(
-        listener: &UnixListener,
-        features: u64,
-        queues: u64,
-        connect: impl FnOnce() -> T,
-    ) -> (Self, T) {
-        Self::accept_by(listener, Kind::new(features, queues), connect)
-    }
-
-    /// The same by a backend of this kind.
-    fn accept_by<T>(listener: &UnixListener, kind: Kind, connect: impl FnOnce() -> T) -> (Self, T) {
-        let listener = listener.try_clone().unwrap();
-        let (stream_out, stream_in) = channel();
-        let (tell, heard) = channel();
-        let thread = thread::spawn(move || {
-            let (mut stream, _) = listener.accept().unwrap();
-            let mut bases = [[0; 4]; 8];
-            stream_out.send(stream.try_clone().unwrap()).unwrap();
-            while let Ok((request, flags, payload)) = receive(&mut stream) {
-                let words = payload
-                    .chunks_exact(4)
-                    .map(|word| u32::from_le_bytes(word.try_into().unwrap()))
-                    .collect();
-                let _ = tell.send((request, words));
-                let ring = usize::from(payload.first().copied().unwrap_or_default());
-                if request == SET_VRING_BASE && !kind.forgets {
-                    bases[ring].copy_from_slice(&payload[4..]);
-                }
-                let answer = match request {
-                    GET_FEATURES => Some((kind.features | PROTOCOL_FEATURES).to_le_bytes().to_vec()),
-                    GET_PROTOCOL_FEATURES => Some(kind.protocol.to_le_bytes().to_vec()),
-                    GET_QUEUE_NUM => Some(kind.queues.to_le_bytes().to_vec()),
-                    GET_VRING_BASE => Some([&payload[..4], &bases[ring]].concat()),
-                    // An acknowledgement, where one is asked for.
-                    _ => (flags & 8 != 0).then(|| 0u64.to_le_bytes().to_vec()),
-                };
-                if let Some(body) = answer {
-                    let header = [request, 5, body.len() as u32].map(u32::to_le_bytes).concat();
-                    stream.write_all(&[header, body].concat()).unwrap();
-                }
-            }
-        });
-        let result = connect();
-        (Self { heard, stream: stream_in.recv().unwrap(), thread }, result)
-    }
-
-    /// What was heard since the last time, of this request.
-    fn heard(&self, wanted: u32) -> Vec<Vec<u32>> {
-        self.heard.try_iter().filter(|(request, _)| *request == wanted).map(|(_, words)| words).collect()
-    }
-
-    fn die(self) {
-        self.stream.shutdown(std::net::Shutdown::Both).unwrap();
-        self.thread.join().unwrap();
-    }
-}
-
-fn receive(stream: &mut UnixStream) -> std::io::Result<(u32, u32, Vec<u8>)> {
-    let mut header = [0; 12];
-    stream.read_exact(&mut header)?;
-    let [request, flags, size] =
-        [0, 4, 8].map(|at| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]));
-    let mut payload = vec![0; size as usize];
-    stream.read_exact(&mut payload)?;
-    Ok((request, flags, payload))
-}
 
 fn eventfd() -> EventFd {
     EventFd::new(libc::EFD_NONBLOCK).unwrap()
