@@ -68,6 +68,7 @@ fn stock_guest(host: &Host) -> Result<VmConfig> {
         net: Net::VhostNet,
         function: None,
         queue_pairs: 2,
+        huge_pages: false,
     })
 }
 

@@ -75,6 +75,7 @@ fn emulated_guest(host: &Host) -> Result<(Backend, Vm, FifoRegion)> {
         net: Net::VhostUser(backend.socket().into()),
         function: None,
         queue_pairs: 1,
+        huge_pages: false,
     };
     let vm = Vm::boot(host, &config)?;
     Ok((backend, vm, region))

@@ -138,6 +138,8 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
                 debian::prepare(&workspace, &more)?;
                 more.testpmd()?;
                 more.libvirt()?;
+                // Last: by now the other build is at its end, too, and leaves it a core.
+                more.alioth()?;
                 build.join().map_err(|_| anyhow!("the thread that builds the programs died"))??;
                 anyhow::Ok(())
             })?;

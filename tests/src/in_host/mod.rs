@@ -1,9 +1,11 @@
 //! What runs inside the host: in the emulated one, or natively on a machine with VMX or SVM.
 
 pub mod agent;
+pub mod alioth_backend;
 mod backend;
 pub mod fifo_guest;
 pub mod flow;
+pub mod huge_pages;
 mod login;
 pub mod measure;
 mod namespace;
@@ -94,11 +96,6 @@ impl Host {
             bail!("there is no {}: it is made outside, before the host boots", image.display());
         }
         Ok((Provision::new(&self.workspace).kernel(kernel)?.quickest().into(), image))
-    }
-
-    /// The kernel as a VMM without a loader for ELF files wants it.
-    pub fn bz_image(&self, kernel: Kernel) -> anyhow::Result<PathBuf> {
-        Ok(Provision::new(&self.workspace).kernel(kernel)?.image)
     }
 
     /// A folder, in memory, for sockets and the FIFO region.

@@ -65,6 +65,9 @@ pub struct Setup {
     /// The guest's kernel
     #[arg(long, default_value = "6.12")]
     pub kernel: Kernel,
+    /// Make the guest's memory, 256 MiB then, of huge pages, which the host has set aside (under ivcpu-vmm only)
+    #[arg(long)]
+    pub huge_pages: bool,
 }
 
 impl Default for Setup {
@@ -84,6 +87,7 @@ impl Default for Setup {
             queue_pairs: 1,
             poll_us: Some("50".into()),
             kernel: Kernel::V6_12,
+            huge_pages: false,
         }
     }
 }
@@ -112,10 +116,8 @@ impl Setup {
     }
 
     fn vm_config(&self, host: &Host, net: Net, function: Option<String>) -> anyhow::Result<VmConfig> {
-        let (mut kernel, image) = host.guest_files(self.kernel)?;
-        if self.vmm == Vmm::Alioth {
-            kernel = host.bz_image(self.kernel)?;
-        }
+        ensure!(!self.huge_pages || self.vmm == Vmm::IvcpuVmm, "--huge-pages goes with --vmm ivcpu-vmm only");
+        let (kernel, image) = host.guest_files(self.kernel)?;
         Ok(VmConfig {
             vmm: self.vmm,
             kernel,
@@ -129,6 +131,7 @@ impl Setup {
             net,
             function,
             queue_pairs: self.queue_pairs,
+            huge_pages: self.huge_pages,
         })
     }
 

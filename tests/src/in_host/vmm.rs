@@ -1,5 +1,6 @@
 //! How each VMM is told to run the same guest.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, ensure};
@@ -13,6 +14,8 @@ use crate::result::Carrier;
 /// Words on every guest's kernel command line.
 const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1";
 const MEMORY: &str = "512M";
+/// The same of a guest on huge pages, which the host has to set aside.
+const HUGE_MEMORY: &str = "256M";
 /// How often QEMU looks for a vhost-user backend that is gone, in milliseconds.
 const RECONNECT_MS: u32 = 100;
 const MAC: &str = "52:54:00:49:56:01";
@@ -116,6 +119,8 @@ pub struct VmConfig {
     pub function: Option<String>,
     /// Its queue pairs.
     pub queue_pairs: u16,
+    /// Its memory is made of huge pages, all of them there before it starts; our own VMM only.
+    pub huge_pages: bool,
 }
 
 impl VmConfig {
@@ -144,7 +149,14 @@ impl VmConfig {
         option("--kernel", self.kernel.display().to_string());
         option("--initramfs", self.image.display().to_string());
         option("--cmdline", self.command_line());
-        option("--memory", format!("size={MEMORY},shared=on"));
+        option(
+            "--memory",
+            if self.huge_pages {
+                format!("size={HUGE_MEMORY},hugepages=on,prefault=on")
+            } else {
+                format!("size={MEMORY},shared=on")
+            },
+        );
         option(
             "--cpus",
             format!("boot={},affinity=[{}],pv_eoi={pv_eoi}", self.application_vcpus, lists.join(",")),
@@ -266,7 +278,9 @@ impl VmConfig {
         );
         let mut words = vec![program.display().to_string(), "boot".into()];
         let mut option = |name: &str, value: String| words.extend([name.to_string(), value]);
-        option("--kernel", self.kernel.display().to_string());
+        // It does not find out by itself what a kernel is.
+        let unpacked = self.kernel.file_name() == Some(OsStr::new("vmlinux"));
+        option(if unpacked { "--pvh" } else { "--kernel" }, self.kernel.display().to_string());
         option("--initramfs", self.image.display().to_string());
         option("--cmdline", self.command_line() + &self.isolation());
         option("--memory", format!("size={MEMORY},backend=memfd"));
@@ -323,6 +337,7 @@ mod tests {
             net,
             function: None,
             queue_pairs: 2,
+            huge_pages: false,
         }
     }
 

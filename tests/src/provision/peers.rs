@@ -43,7 +43,7 @@ impl Provision {
         Ok(launcher)
     }
 
-    /// Alioth, a VMM by others that our backend is paired with. It is built from its sources, which takes a minute or two.
+    /// Alioth, a VMM by others that our backend is paired with. It is built from its sources.
     pub fn alioth(&self) -> Result<PathBuf, Error> {
         Ok(ALIOTH.install(&self.workspace)?)
     }

@@ -8,11 +8,14 @@ pub mod block;
 pub mod console;
 pub mod control_queue;
 pub mod deadline;
+pub mod device_status;
 pub mod net_options;
 pub mod reconnect;
 pub mod registers;
 pub mod ring;
 pub mod rng;
+#[cfg(test)]
+mod scripted_backend;
 pub mod session;
 pub mod transport;
 pub mod vhost_user_net;

@@ -3,6 +3,11 @@
 //! Order of the messages: features and protocol features, owner; when the driver is ready memory, then for each ring its
 //! size, addresses, base, call and kick; then the rings that are in use are enabled. A ring stops with GET_VRING_BASE. Every request
 //! asks for an acknowledgement where the backend gives one, so an error is met where it happens.
+//!
+//! A backend that wants to know the device's status is told last when the driver is ready, and when it is gone. Such a one may
+//! begin with all its rings at that moment and not with each one's kick (Alioth's does), so two things differ: one that
+//! has a control queue of its own gets a kick for it, which nobody ever gives, because the control queue is here; and where
+//! rings were used before, it has to prove first that it starts a ring where it is told to.
 
 use std::io;
 use std::net::Shutdown;
@@ -15,10 +20,12 @@ use std::time::Duration;
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use virtio_bindings::virtio_net::VIRTIO_NET_F_CTRL_VQ;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::Queue;
 use super::deadline::Deadline;
+use super::{Queue, device_status};
 use crate::memory::GuestMemory;
 
 /// How long the backend may take to answer.
@@ -94,6 +101,20 @@ pub enum Error {
         /// The features.
         missing: u64,
     },
+    /// A backend that came back does not go on where the one before stopped.
+    #[error(
+        "the vhost-user backend at {path} came back and starts ring {ring} at entry {said} although told {told}; have the guest set its network device up anew (unbind and bind the driver, or restart the VM)"
+    )]
+    Forgets {
+        /// The socket.
+        path: PathBuf,
+        /// The ring.
+        ring: usize,
+        /// Where it was told to start.
+        told: u16,
+        /// Where it says it will.
+        said: u32,
+    },
     /// A ring lies outside guest memory; the transport checked that it does not.
     #[error("a ring at {0:#x} is outside guest memory")]
     Ring(u64),
@@ -119,18 +140,36 @@ pub struct Session {
     deadline: Deadline,
     path: PathBuf,
     offered: u64,
+    protocol: VhostUserProtocolFeatures,
+    /// Number of the backend's own control queue, if it has one that wants a kick.
+    own_control_queue: Option<usize>,
+    /// The kick for that, which nobody gives.
+    no_kick: EventFd,
+    /// Whether the backend has the memory. It does not change.
+    has_memory: bool,
     started: Vec<usize>,
 }
 
 impl Session {
-    /// Connects and negotiates; `vrings` rings will be used.
-    pub fn connect(path: &Path, vrings: u64) -> Result<Self, Error> {
+    /// Connects and negotiates; `vrings` rings will be used. `no_kick` is for a queue of the backend's that is not. (It is made
+    /// by the caller: a thread that looks for a lost backend may not.)
+    pub fn connect(path: &Path, vrings: u64, no_kick: EventFd) -> Result<Self, Error> {
         let stream =
             UnixStream::connect(path).map_err(|source| Error::Connect { path: path.into(), source })?;
         let deadline = Deadline::new(stream.try_clone()?)?;
         let frontend = Frontend::from_stream(stream.try_clone()?, vrings);
-        let mut session =
-            Self { frontend, stream, deadline, path: path.into(), offered: 0, started: Vec::new() };
+        let mut session = Self {
+            frontend,
+            stream,
+            deadline,
+            path: path.into(),
+            offered: 0,
+            protocol: VhostUserProtocolFeatures::empty(),
+            own_control_queue: None,
+            no_kick,
+            has_memory: false,
+            started: Vec::new(),
+        };
         session.negotiate(vrings)?;
         Ok(session)
     }
@@ -143,14 +182,20 @@ impl Session {
         if self.offered & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
             return Err(Error::Lacks { path: self.path.clone(), feature: "protocol features" });
         }
-        let protocol = negotiate_protocol(&mut self.frontend, failed)?;
-        if vrings <= 2 {
+        self.protocol = negotiate_protocol(&mut self.frontend, failed)?;
+        // Whether it begins with all rings at once.
+        let at_once = self.protocol.contains(VhostUserProtocolFeatures::STATUS);
+        if vrings <= 2 && !at_once {
             return Ok(());
         }
-        if !protocol.contains(VhostUserProtocolFeatures::MQ) {
-            return Err(Error::TooFewRings { path: self.path.clone(), has: 2, wanted: vrings });
+        let has = if self.protocol.contains(VhostUserProtocolFeatures::MQ) {
+            self.frontend.get_queue_num().map_err(failed("GET_QUEUE_NUM"))?
+        } else {
+            2
+        };
+        if at_once && has == vrings + 1 && self.offered & (1 << VIRTIO_NET_F_CTRL_VQ) != 0 {
+            self.own_control_queue = Some(vrings as usize);
         }
-        let has = self.frontend.get_queue_num().map_err(failed("GET_QUEUE_NUM"))?;
         if has >= vrings {
             return Ok(());
         }
@@ -195,21 +240,36 @@ impl Session {
             .map_err(failed("the memory table"))?;
         drop(guard);
         let guard = self.deadline.start(MEMORY_WITHIN);
-        self.frontend.set_mem_table(&regions).map_err(failed("SET_MEM_TABLE"))?;
+        if !self.protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+            self.frontend.set_mem_table(&regions).map_err(failed("SET_MEM_TABLE"))?;
+        } else if !self.has_memory {
+            for region in &regions {
+                self.frontend.add_mem_region(region).map_err(failed("ADD_MEM_REG"))?;
+            }
+        }
+        self.has_memory = true;
         drop(guard);
         let _guard = self.deadline.start(ANSWER_WITHIN);
         for ring in rings {
             let index = usize::from(ring.index);
-            self.frontend.set_vring_num(index, ring.size).map_err(failed("SET_VRING_NUM"))?;
-            self.frontend
-                .set_vring_addr(index, &addresses(memory, ring)?)
-                .map_err(failed("SET_VRING_ADDR"))?;
             let start = match base {
                 Base::Fresh => 0,
                 Base::UsedIndex => memory
                     .load(GuestAddress(ring.used + USED_INDEX), Ordering::Acquire)
                     .map_err(|_| Error::Ring(ring.used))?,
             };
+            if start != 0 && self.protocol.contains(VhostUserProtocolFeatures::STATUS) {
+                // Before all else, because the question also stops a ring.
+                self.frontend.set_vring_base(index, start).map_err(failed("SET_VRING_BASE"))?;
+                let said = self.frontend.get_vring_base(index).map_err(failed("GET_VRING_BASE"))?;
+                if said != u32::from(start) {
+                    return Err(Error::Forgets { path: self.path.clone(), ring: index, told: start, said });
+                }
+            }
+            self.frontend.set_vring_num(index, ring.size).map_err(failed("SET_VRING_NUM"))?;
+            self.frontend
+                .set_vring_addr(index, &addresses(memory, ring)?)
+                .map_err(failed("SET_VRING_ADDR"))?;
             self.frontend.set_vring_base(index, start).map_err(failed("SET_VRING_BASE"))?;
             self.frontend.set_vring_call(index, &ring.call).map_err(failed("SET_VRING_CALL"))?;
             self.frontend.set_vring_kick(index, &ring.kick).map_err(failed("SET_VRING_KICK"))?;
@@ -221,7 +281,21 @@ impl Session {
                 .set_vring_enable(usize::from(ring.index), on)
                 .map_err(failed("SET_VRING_ENABLE"))?;
         }
-        Ok(())
+        if let Some(index) = self.own_control_queue {
+            self.frontend.set_vring_kick(index, &self.no_kick).map_err(failed("SET_VRING_KICK"))?;
+        }
+        self.set_status(device_status::READY)
+    }
+
+    /// Says what the driver is, if the backend wants to know. The deadline is running.
+    fn set_status(&self, status: u64) -> Result<(), Error> {
+        if !self.protocol.contains(VhostUserProtocolFeatures::STATUS) {
+            return Ok(());
+        }
+        let acknowledged = self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK);
+        let failed = failed(&self.path, &self.deadline, "SET_STATUS");
+        device_status::set(&self.stream, status, acknowledged)
+            .map_err(|e| failed(vhost::Error::VhostUserProtocol(e)))
     }
 
     /// Lets a ring carry packets, or not.
@@ -237,11 +311,14 @@ impl Session {
     /// Takes all rings back; the backend does not touch them when this returns.
     pub fn stop(&mut self) -> Result<(), Error> {
         let _guard = self.deadline.start(ANSWER_WITHIN);
+        if self.started.is_empty() {
+            return Ok(());
+        }
         for index in self.started.drain(..) {
             let failed = failed(&self.path, &self.deadline, "GET_VRING_BASE");
             self.frontend.get_vring_base(index).map_err(failed)?;
         }
-        Ok(())
+        self.set_status(device_status::RESET)
     }
 
     /// Gives the connection up. Whoever watches it sees a hang-up.
@@ -255,7 +332,10 @@ fn negotiate_protocol<F: FnOnce(vhost::Error) -> Error>(
     failed: impl Fn(&'static str) -> F,
 ) -> Result<VhostUserProtocolFeatures, Error> {
     let offered = frontend.get_protocol_features().map_err(failed("GET_PROTOCOL_FEATURES"))?;
-    let wanted = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
+    let wanted = VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::STATUS;
     let agreed = offered & wanted;
     frontend.set_protocol_features(agreed).map_err(failed("SET_PROTOCOL_FEATURES"))?;
     if agreed.contains(VhostUserProtocolFeatures::REPLY_ACK) {

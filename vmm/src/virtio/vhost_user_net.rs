@@ -90,6 +90,8 @@ struct Net {
     running: Option<Running>,
     /// Written when a backend is there again.
     back: EventFd,
+    /// Never written: for a backend's own control queue.
+    no_kick: EventFd,
 }
 
 impl Net {
@@ -281,7 +283,8 @@ pub struct VhostUserNet(Arc<Mutex<Net>>);
 impl VhostUserNet {
     /// Connects to the backend, which must be there.
     pub fn new(options: NetOptions, memory: GuestMemory) -> Result<Self, Error> {
-        let session = Session::connect(&options.socket, u64::from(2 * options.pairs))?;
+        let no_kick = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let session = Session::connect(&options.socket, u64::from(2 * options.pairs), no_kick.try_clone()?)?;
         if session.offered() & (1 << VIRTIO_F_VERSION_1) == 0 {
             return Err(Error::Lacks { path: options.socket, feature: "VIRTIO_F_VERSION_1" });
         }
@@ -304,6 +307,7 @@ impl VhostUserNet {
             session: Some(session),
             running: None,
             back,
+            no_kick,
         };
         Ok(Self(Arc::new(Mutex::new(net))))
     }
@@ -314,11 +318,11 @@ impl VhostUserNet {
 
     /// Connects to a backend and goes on with it. Only the latter holds the device.
     fn reconnect(&self) -> Result<(), Error> {
-        let (path, rings) = {
+        let (path, rings, no_kick) = {
             let net = self.lock();
-            (net.options.socket.clone(), u64::from(2 * net.options.pairs))
+            (net.options.socket.clone(), u64::from(2 * net.options.pairs), net.no_kick.try_clone()?)
         };
-        let session = Session::connect(&path, rings)?;
+        let session = Session::connect(&path, rings, no_kick)?;
         self.lock().resume(session)
     }
 

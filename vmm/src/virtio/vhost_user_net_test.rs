@@ -1,98 +1,18 @@
 //! The device against a scripted backend: what it is told, and what happens when it goes and comes back.
 
-use std::io::{Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, channel};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
+use crate::virtio::scripted_backend::*;
 
 const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 const MQ: u64 = 1 << VIRTIO_NET_F_MQ;
-const PROTOCOL_FEATURES: u64 = 1 << 30;
-const PROTOCOL_MQ_AND_ACK: u64 = 0b1001;
-
-const GET_FEATURES: u32 = 1;
-const SET_FEATURES: u32 = 2;
-const SET_VRING_BASE: u32 = 10;
-const GET_VRING_BASE: u32 = 11;
-const GET_PROTOCOL_FEATURES: u32 = 15;
-const GET_QUEUE_NUM: u32 = 17;
-const SET_VRING_ENABLE: u32 = 18;
-
-/// A message as it arrived: request, and its payload as 32-bit words.
-type Message = (u32, Vec<u32>);
-
-/// A backend that answers as the protocol wants and notes what it was told.
-struct Backend {
-    heard: Receiver<Message>,
-    stream: UnixStream,
-    thread: JoinHandle<()>,
-}
-
-impl Backend {
-    /// Accepts one frontend while `connect` runs.
-    fn accept<T>(
-        listener: &UnixListener,
-        features: u64,
-        queues: u64,
-        connect: impl FnOnce() -> T,
-    ) -> (Self, T) {
-        let listener = listener.try_clone().unwrap();
-        let (stream_out, stream_in) = channel();
-        let (tell, heard) = channel();
-        let thread = thread::spawn(move || {
-            let (mut stream, _) = listener.accept().unwrap();
-            stream_out.send(stream.try_clone().unwrap()).unwrap();
-            while let Ok((request, flags, payload)) = receive(&mut stream) {
-                let words = payload
-                    .chunks_exact(4)
-                    .map(|word| u32::from_le_bytes(word.try_into().unwrap()))
-                    .collect();
-                let _ = tell.send((request, words));
-                let answer = match request {
-                    GET_FEATURES => Some((features | PROTOCOL_FEATURES).to_le_bytes().to_vec()),
-                    GET_PROTOCOL_FEATURES => Some(PROTOCOL_MQ_AND_ACK.to_le_bytes().to_vec()),
-                    GET_QUEUE_NUM => Some(queues.to_le_bytes().to_vec()),
-                    GET_VRING_BASE => Some(payload),
-                    // An acknowledgement, where one is asked for.
-                    _ => (flags & 8 != 0).then(|| 0u64.to_le_bytes().to_vec()),
-                };
-                if let Some(body) = answer {
-                    let header = [request, 5, body.len() as u32].map(u32::to_le_bytes).concat();
-                    stream.write_all(&[header, body].concat()).unwrap();
-                }
-            }
-        });
-        let result = connect();
-        (Self { heard, stream: stream_in.recv().unwrap(), thread }, result)
-    }
-
-    /// What was heard since the last time, of this request.
-    fn heard(&self, wanted: u32) -> Vec<Vec<u32>> {
-        self.heard.try_iter().filter(|(request, _)| *request == wanted).map(|(_, words)| words).collect()
-    }
-
-    fn die(self) {
-        self.stream.shutdown(std::net::Shutdown::Both).unwrap();
-        self.thread.join().unwrap();
-    }
-}
-
-fn receive(stream: &mut UnixStream) -> std::io::Result<(u32, u32, Vec<u8>)> {
-    let mut header = [0; 12];
-    stream.read_exact(&mut header)?;
-    let [request, flags, size] =
-        [0, 4, 8].map(|at| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]));
-    let mut payload = vec![0; size as usize];
-    stream.read_exact(&mut payload)?;
-    Ok((request, flags, payload))
-}
 
 fn eventfd() -> EventFd {
     EventFd::new(libc::EFD_NONBLOCK).unwrap()
@@ -130,9 +50,13 @@ impl Rig {
     }
 
     fn connect(&self, pairs: u16, features: u64, queues: u64) -> (Backend, Result<VhostUserNet, Error>) {
+        self.connect_to(pairs, Kind::new(features, queues))
+    }
+
+    fn connect_to(&self, pairs: u16, kind: Kind) -> (Backend, Result<VhostUserNet, Error>) {
         let text = format!("vhost_user=true,socket={},num_queues={}", self.socket().display(), 2 * pairs);
         let options = text.parse().unwrap();
-        Backend::accept(&self.listener, features, queues, || VhostUserNet::new(options, self.memory.clone()))
+        Backend::accept_by(&self.listener, kind, || VhostUserNet::new(options, self.memory.clone()))
     }
 }
 
@@ -335,6 +259,57 @@ fn reset_takes_the_rings_back() {
     assert!(backend.heard(GET_VRING_BASE).is_empty(), "once");
     activate(&net, VERSION_1, (0..2).map(queue).collect());
     assert_eq!(backend.heard(SET_VRING_BASE).len(), 2, "the next driver gets them");
+}
+
+#[test]
+fn a_backend_that_begins_at_once_is_told_of_memory_once_and_of_drivers_each_time() {
+    let rig = Rig::new();
+    let (backend, net) = rig.connect_to(1, Kind::at_once());
+    let mut net = net.unwrap();
+    for round in 0..2 {
+        activate(&net, VERSION_1, (0..2).map(queue).collect());
+        net.reset();
+        let heard: Vec<_> = backend.heard.try_iter().collect();
+        let of = |wanted: u32| {
+            heard.iter().filter(|heard| heard.0 == wanted).map(|heard| heard.1.clone()).collect::<Vec<_>>()
+        };
+        assert!(of(SET_MEM_TABLE).is_empty());
+        assert_eq!(of(ADD_MEM_REG).len(), 1 - round, "round {round}");
+        assert_eq!(of(SET_VRING_KICK), [[0, 0], [1, 0], [2, 0]], "its control queue's, too");
+        assert_eq!(of(SET_STATUS), [[0xf, 0], [0, 0]]);
+        let at = |wanted: u32| heard.iter().position(|heard| heard.0 == wanted);
+        assert!(at(SET_VRING_ENABLE) < at(SET_STATUS), "it begins when all is said");
+        assert_eq!(heard.last().map(|heard| heard.0), Some(SET_STATUS), "it is free when all rings are back");
+    }
+}
+
+#[test]
+fn a_backend_that_begins_at_once_gets_rings_that_were_used_only_if_it_can_go_on() {
+    let rig = Rig::new();
+    let kind = Kind::at_once();
+    let (backend, net) = rig.connect_to(1, kind);
+    let mut net = net.unwrap();
+    activate(&net, VERSION_1, (0..2).map(queue).collect());
+    rig.memory.write_obj(100u16, GuestAddress(0x1_2002)).unwrap();
+    backend.die();
+    net.lock().lost();
+    let forgets = Kind { forgets: true, ..kind };
+    let (next, resumed) = Backend::accept_by(&rig.listener, forgets, || net.reconnect());
+    let forgot = matches!(resumed, Err(Error::Forgets { ring: 0, told: 100, said: 0, .. }));
+    assert!(forgot, "{resumed:?}");
+    assert!(next.heard(SET_STATUS).is_empty(), "it begins with nothing");
+    assert_eq!(status(&net), 0, "link down");
+    let (next, resumed) = Backend::accept_by(&rig.listener, kind, || net.reconnect());
+    resumed.unwrap();
+    assert_eq!(next.heard(SET_VRING_BASE), [[0, 100], [0, 100], [1, 0]]);
+    // A driver that sets its device up anew wants nothing remembered.
+    next.die();
+    net.lock().lost();
+    net.reset();
+    let (_next, resumed) = Backend::accept_by(&rig.listener, forgets, || net.reconnect());
+    resumed.unwrap();
+    activate(&net, VERSION_1, (0..2).map(queue).collect());
+    assert_eq!(status(&net), VIRTIO_NET_S_LINK_UP);
 }
 
 #[test]
