@@ -96,7 +96,7 @@ pub struct Options {
     pub user: Option<UserName>,
 
     /// What becomes of a system call that a thread's filter forbids: true = the program says its name and ends with
-    /// status 159, log = the kernel's audit log has it, false = there are no filters.
+    /// status 159, log = it is made, and its name said on standard error, false = there are no filters.
     #[arg(long, value_name = "true|false|log", default_value = "true")]
     pub seccomp: Seccomp,
 

@@ -83,7 +83,7 @@ pub enum Error {
     #[error("this kernel has no seccomp filters (CONFIG_SECCOMP_FILTER); --seccomp false goes without")]
     NoSeccomp(#[source] std::io::Error),
     /// The rules do not make a filter: a mistake in them.
-    #[error("cannot make the seccomp filter of the {role} thread: {source}")]
+    #[error("cannot make the seccomp filter of the {role} thread")]
     Filter {
         /// Whose.
         role: &'static str,
@@ -91,7 +91,7 @@ pub enum Error {
         source: seccompiler::Error,
     },
     /// The kernel does not take a filter.
-    #[error("cannot confine the {role} thread with seccomp: {source}; --seccomp false goes without")]
+    #[error("cannot confine the {role} thread with seccomp; --seccomp false goes without")]
     Apply {
         /// Whose.
         role: &'static str,
@@ -99,7 +99,7 @@ pub enum Error {
         source: seccompiler::Error,
     },
     /// A part of the process that filters need.
-    #[error("cannot {step}: {source}")]
+    #[error("cannot {step}")]
     System {
         /// What was being done.
         step: &'static str,

@@ -129,6 +129,10 @@ fn a_confined_vm_moves_traffic_is_paused_and_heeds_its_power_button() -> Result<
         let log = fs::read_to_string(host.log_path("guest.log"))?;
         let report = log.lines().rev().find(|line| line.starts_with("{\"pcpus\"")).context("the exits")?;
         let report: Value = serde_json::from_str(report)?;
+        let instances = fs::read_dir("/sys/kernel/tracing/instances")?.collect::<Result<Vec<_>, _>>()?;
+        let ours =
+            instances.iter().filter(|instance| instance.file_name().to_string_lossy().starts_with("ivcpu-"));
+        ensure!(ours.count() == 0, "still counted: {instances:?}");
         ensure!(report["exits_total"].as_u64().is_some_and(|exits| exits > 1000), "{report}");
         Ok(())
     })

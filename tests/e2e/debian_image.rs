@@ -53,7 +53,10 @@ fn make_repository(scratch: &Path, ours: &Path) -> Result<PathBuf> {
     let folder = scratch.join("archive");
     let mut repository = Repository::create(&folder)?;
     repository.add(&deb)?;
-    repository.add(ours)?;
+    // On the scratch's file system, where the archive is.
+    let copy = scratch.join(ours.file_name().context("a package has a name")?);
+    fs::copy(ours, &copy).with_context(|| format!("copying {}", ours.display()))?;
+    repository.add(&copy)?;
     repository.finish("trial")?;
     Ok(folder)
 }

@@ -4,7 +4,7 @@ mod error;
 mod options;
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -183,6 +183,7 @@ impl Machine {
         // Last, so that a device there is by default moves no other one.
         let console = Console::new(&options.console, memory.clone())?;
         if let Some(console) = &console {
+            pausable.push(Box::new(console.clone()));
             add_virtio(&mut pci, &wiring, console.clone(), &mut window)?;
         }
         if let Some(source) = &options.rng.source {
@@ -221,7 +222,7 @@ impl Machine {
     pub fn run(mut self) -> Result<Ending, Error> {
         vcpu::install_signal_handler().map_err(system("install the vCPU signal handler"))?;
         // Its folder in tracefs has to be made while folders can be.
-        let counting = self.exits.map(Lifetime::start).transpose()?.map(Arc::new);
+        let counting = Arc::new(Mutex::new(self.exits.map(Lifetime::start).transpose()?));
         // Open for as long as the rules are to hold: landlock knows files by their inodes, and those of /proc are forgotten
         // when nobody has them.
         let _ruled = self.needs.as_ref().map(landlock::restrict).transpose()?;
@@ -266,7 +267,7 @@ impl Machine {
 
         let api = self.api.take().map(|api| {
             let pause = Pause::new(Arc::clone(&self.gate), std::mem::take(&mut self.pausable));
-            api.serve(&self.vcpus, pause, Arc::clone(&self.end), self.button.clone(), counting.clone())
+            api.serve(&self.vcpus, pause, Arc::clone(&self.end), self.button.clone(), Arc::clone(&counting))
         });
         // The socket's file, removed on return.
         let _socket = api.transpose().map_err(system("start the API thread"))?;
@@ -298,7 +299,9 @@ impl Machine {
                 Err(error) => break Err(Error::Events(error)),
             }
         };
-        let report = counting.as_deref().map(Lifetime::report);
+        // Taken from the API, whose thread does not end: its folders in tracefs are removed with it.
+        let counting = counting.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let report = counting.as_ref().map(Lifetime::report);
         // A vCPU that did not stop may be the one that holds the console.
         if stop(running, &self.gate)
             && let Some(port) = &self.devices.serial

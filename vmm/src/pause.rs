@@ -31,7 +31,7 @@ pub enum Error {
         within: Duration,
     },
     /// A device has work that does not end.
-    #[error("{device} did not come to rest within {} s, so the VM runs on; is its storage stuck?", within.as_secs())]
+    #[error("{device} did not come to rest within {} s, so the VM runs on; is its storage, or its backend, stuck?", within.as_secs())]
     Busy {
         /// Which.
         device: String,
@@ -75,13 +75,19 @@ impl Pause {
     pub fn pause(&self, within: Duration) -> Result<(), Error> {
         self.gate.pause(within)?;
         let deadline = Instant::now() + within;
-        for device in &self.devices {
-            if !device.pause(deadline.saturating_duration_since(Instant::now())) {
-                self.resume()?;
-                return Err(Error::Busy { device: device.name(), within });
+        let rests = |device: &dyn Pausable| device.pause(deadline.saturating_duration_since(Instant::now()));
+        match self.devices.iter().find(|device| !rests(device.as_ref())) {
+            None => self.gate.ended().map_or(Ok(()), Err),
+            Some(device) => {
+                // Unless the VM has ended meanwhile, which lets everything go on, too.
+                self.devices.iter().for_each(|device| device.resume());
+                let undone = self.gate.resume();
+                Err(undone
+                    .err()
+                    .and(self.gate.ended())
+                    .unwrap_or(Error::Busy { device: device.name(), within }))
             }
         }
-        Ok(())
     }
 
     /// Lets everything go on.
@@ -124,6 +130,11 @@ impl Gate {
     /// Whether the VM is paused.
     pub fn is_paused(&self) -> bool {
         self.lock().paused
+    }
+
+    /// The error of whoever comes too late, if the VM is ending.
+    fn ended(&self) -> Option<Error> {
+        self.lock().ending.then_some(Error::Ending)
     }
 
     /// Takes all vCPUs out of the guest and keeps them; returns when they are out.

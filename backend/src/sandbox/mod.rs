@@ -52,8 +52,13 @@ pub enum Error {
     #[error("cannot hide files with Landlock: {0}; say --landlock false to go without")]
     Landlock(#[from] landlock::RulesetError),
     /// System calls cannot be filtered.
-    #[error(transparent)]
+    #[error("{0}{cause}", cause = because(.0))]
     Seccomp(#[from] ivcpu_sandbox::Error),
+}
+
+/// Why, behind a colon.
+fn because(error: &dyn std::error::Error) -> String {
+    error.source().map_or_else(String::new, |source| format!(": {source}"))
 }
 
 /// How the program shall be confined.

@@ -15,8 +15,8 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 use std::thread;
 
 use crate::exits::VcpuStats;
@@ -52,7 +52,7 @@ impl Api {
         pause: Pause,
         end: Arc<EndSignal>,
         button: PowerButton,
-        exits: Option<Arc<Lifetime>>,
+        exits: Arc<Mutex<Option<Lifetime>>>,
     ) -> io::Result<SocketFile> {
         let Self { listener, file, config, memory } = self;
         let (counters, shutdown) = (counters(vcpus), AtomicBool::new(false));

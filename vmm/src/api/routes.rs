@@ -1,8 +1,8 @@
 //! The paths of the API, and what they do to the VM.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -32,8 +32,8 @@ pub struct Control {
     pub button: PowerButton,
     /// KVM's counters by the vCPUs' names; none on a kernel before 5.14.
     pub counters: BTreeMap<String, VcpuStats>,
-    /// The exits by pCPU and row, with `--exits`.
-    pub exits: Option<Arc<Lifetime>>,
+    /// The exits by pCPU and row, with `--exits`, until the VM's end. One reads at a time: the kernel knows one reader a file.
+    pub exits: Arc<Mutex<Option<Lifetime>>>,
     /// Whether the VM's end was asked for.
     pub shutdown: AtomicBool,
 }
@@ -64,7 +64,8 @@ impl Control {
     /// KVM's counters of `vcpu0` and so on, and those of `pcpu3` and so on by the rows of the exit table.
     fn counters(&self) -> Result<BTreeMap<String, Counters>, exits::Error> {
         let of_vcpus = self.counters.iter().map(|(name, stats)| (name.clone(), stats.counters()));
-        let pcpus = self.exits.as_ref().map(|exits| exits.pcpus()).transpose()?.flatten();
+        let exits = self.exits.lock().unwrap_or_else(PoisonError::into_inner);
+        let pcpus = exits.as_ref().map(Lifetime::pcpus).transpose()?.flatten();
         let of_pcpus = pcpus.into_iter().flatten().map(|(pcpu, rows)| {
             let counters = Row::ALL.map(|row| (row.name().to_owned(), rows.count(row)));
             (format!("pcpu{pcpu}"), counters.into())
@@ -149,7 +150,7 @@ mod tests {
             end: Arc::new(EndSignal::new().unwrap()),
             button: PowerButton::new().unwrap(),
             counters: BTreeMap::new(),
-            exits: None,
+            exits: Arc::default(),
             shutdown: AtomicBool::new(false),
         }
     }

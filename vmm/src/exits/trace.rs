@@ -212,7 +212,8 @@ fn open(path: &Path) -> Result<File, Error> {
     File::open(path).map_err(|source| Error::Tracefs { doing: "open", path: path.to_owned(), source })
 }
 
-/// All of a file from its begin, wherever others read it: the kernel writes the text anew for whoever reads at 0.
+/// All of a file from its begin, wherever it was read to before: the kernel writes the text anew for whoever reads at 0. There must be
+/// one reader at a time.
 fn read(file: &File) -> io::Result<String> {
     let mut text = Vec::new();
     loop {

@@ -7,6 +7,7 @@ use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vm_memory::Bytes;
@@ -14,6 +15,7 @@ use vm_memory::Bytes;
 use super::ring::Ring;
 use super::{Activation, Device};
 use crate::memory::GuestMemory;
+use crate::pause::Pausable;
 use crate::serial;
 
 /// "Other communication controller".
@@ -55,6 +57,8 @@ struct State {
     sink: Box<dyn Write + Send>,
     receive: Option<Ring>,
     transmit: Option<Ring>,
+    /// Whether input waits for the end of a pause.
+    paused: bool,
 }
 
 /// The device, shared between the vCPUs and the thread that brings input.
@@ -77,7 +81,7 @@ impl Console {
     }
 
     fn with_sink(sink: Box<dyn Write + Send>, memory: GuestMemory) -> Self {
-        let state = State { sink, receive: None, transmit: None };
+        let state = State { sink, receive: None, transmit: None, paused: false };
         Self { state: Arc::new(Mutex::new(state)), room: Arc::default(), memory }
     }
 
@@ -101,10 +105,26 @@ impl Console {
     }
 }
 
+impl Pausable for Console {
+    fn pause(&self, _: Duration) -> bool {
+        self.lock().paused = true;
+        true
+    }
+
+    fn resume(&self) {
+        self.lock().paused = false;
+        self.room.notify_all();
+    }
+
+    fn name(&self) -> String {
+        "the console".into()
+    }
+}
+
 impl State {
     /// Puts bytes into the next buffer; how many, if there is a buffer.
     fn receive(&mut self, bytes: &[u8], memory: &GuestMemory) -> Option<usize> {
-        let ring = self.receive.as_mut()?;
+        let ring = self.receive.as_mut().filter(|_| !self.paused)?;
         let mut put = || {
             let Some(chain) = ring.pop(memory)? else { return Ok(None) };
             let head = chain.head_index();

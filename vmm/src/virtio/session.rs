@@ -240,12 +240,14 @@ impl Session {
             .map_err(failed("the memory table"))?;
         drop(guard);
         let guard = self.deadline.start(MEMORY_WITHIN);
-        if !self.protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
-            self.frontend.set_mem_table(&regions).map_err(failed("SET_MEM_TABLE"))?;
-        } else if !self.has_memory {
+        if self.has_memory {
+            // From an earlier start.
+        } else if self.protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
             for region in &regions {
                 self.frontend.add_mem_region(region).map_err(failed("ADD_MEM_REG"))?;
             }
+        } else {
+            self.frontend.set_mem_table(&regions).map_err(failed("SET_MEM_TABLE"))?;
         }
         self.has_memory = true;
         drop(guard);
@@ -306,6 +308,12 @@ impl Session {
             &self.deadline,
             "SET_VRING_ENABLE",
         ))
+    }
+
+    /// Whether rings can be taken back and given again in the middle of their use. One that begins with all rings at once may not
+    /// start them where it is told to.
+    pub fn can_rest(&self) -> bool {
+        !self.protocol.contains(VhostUserProtocolFeatures::STATUS)
     }
 
     /// Takes all rings back; the backend does not touch them when this returns.

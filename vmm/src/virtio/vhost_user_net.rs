@@ -84,7 +84,7 @@ struct Net {
     offered: u64,
     mac: [u8; 6],
     announce: bool,
-    /// Whether the VM is paused: no ring carries packets.
+    /// Whether the VM is paused: the backend has no ring.
     paused: bool,
     session: Option<Session>,
     running: Option<Running>,
@@ -143,10 +143,11 @@ impl Net {
     /// Gives the rings to the backend, if both are there.
     fn start(&mut self, base: Base) -> Result<(), Error> {
         match (&mut self.session, &self.running) {
+            // They are started at the end of the pause.
+            (Some(session), _) if self.paused && session.can_rest() => Ok(()),
             (Some(session), Some(running)) => {
-                let rings = &running.rings;
-                session.start(&self.memory, running.features, rings, base, |ring| {
-                    !self.paused && running.is_enabled(ring)
+                session.start(&self.memory, running.features, &running.rings, base, |ring| {
+                    running.is_enabled(ring)
                 })
             }
             _ => Ok(()),
@@ -211,15 +212,26 @@ impl Net {
         true
     }
 
-    /// Has the backend keep off the rings, or use them again.
-    fn set_paused(&mut self, paused: bool) {
-        self.paused = paused;
-        let (Some(running), Some(session)) = (&self.running, &mut self.session) else { return };
-        let mut rings = running.rings.iter().filter(|ring| running.is_enabled(ring.index));
-        // One that is lost in between keeps off them too, and its successor is told in its turn.
-        if let Err(error) = rings.try_for_each(|ring| session.set_enabled(ring.index, !paused)) {
-            self.give_up(&error);
+    /// Takes the rings from the backend for a pause; whether it gave them back.
+    fn rest(&mut self) -> bool {
+        self.paused = true;
+        let Some(session) = self.session.as_mut().filter(|session| session.can_rest()) else { return true };
+        let stopped = session.stop();
+        stopped.inspect_err(|error| self.give_up(error)).is_ok()
+    }
+
+    /// Gives the rings to the backend again, each from where it left it.
+    fn go_on(&mut self) {
+        self.paused = false;
+        if !self.session.as_ref().is_some_and(Session::can_rest) {
+            return;
         }
+        if let Err(error) = self.start(Base::UsedIndex) {
+            return self.give_up(&error);
+        }
+        // One that the backend had not seen yet is no more to be seen.
+        let rings = self.running.iter().flat_map(|running| &running.rings);
+        rings.for_each(|ring| drop(ring.kick.write(1)));
     }
 
     /// The backend hung up.
@@ -384,14 +396,13 @@ impl Device for VhostUserNet {
 }
 
 impl Pausable for VhostUserNet {
+    /// The session has a time limit of its own.
     fn pause(&self, _: Duration) -> bool {
-        // The session has a time limit of its own.
-        self.lock().set_paused(true);
-        true
+        self.lock().rest()
     }
 
     fn resume(&self) {
-        self.lock().set_paused(false);
+        self.lock().go_on();
     }
 
     fn name(&self) -> String {

@@ -119,21 +119,36 @@ fn pairs_are_switched_on_and_off_at_the_backend() {
 }
 
 #[test]
-fn a_paused_vms_rings_are_off_also_at_a_backend_that_comes_meanwhile() {
+fn a_paused_vms_rings_are_taken_back_also_from_a_backend_that_comes_meanwhile() {
     let rig = Rig::new();
-    let (backend, net) = rig.connect(2, VERSION_1 | MQ, 4);
+    let (backend, net) = rig.connect(1, VERSION_1, 2);
     let net = net.unwrap();
-    activate(&net, VERSION_1 | MQ, (0..5).map(queue).collect());
+    let (_, files) = activate(&net, VERSION_1, (0..2).map(queue).collect());
     backend.heard(0);
     assert!(net.pause(Duration::ZERO));
-    assert_eq!(backend.heard(SET_VRING_ENABLE), [[0, 0], [1, 0]]);
+    assert_eq!(backend.heard(GET_VRING_BASE), [[0, 0], [1, 0]]);
+    rig.memory.write_obj(7u16, GuestAddress(0x1_2002)).unwrap();
+    Pausable::resume(&net);
+    let heard: Vec<_> = backend.heard.try_iter().collect();
+    let of = |wanted| {
+        heard.iter().filter(|(request, _)| *request == wanted).map(|(_, w)| w.clone()).collect::<Vec<_>>()
+    };
+    assert_eq!((of(SET_VRING_BASE), of(SET_MEM_TABLE).len()), (vec![vec![0, 7], vec![1, 0]], 0));
+    assert_eq!(of(SET_VRING_ENABLE), [[0, 1], [1, 1]]);
+    for (kick, call) in &files {
+        assert_eq!((kick.read().unwrap(), call.read().is_err()), (1, true), "what is there is seen");
+    }
+
+    assert!(net.pause(Duration::ZERO));
     backend.die();
     net.lock().lost();
-    let (next, resumed) = Backend::accept(&rig.listener, VERSION_1 | MQ, 4, || net.reconnect());
+    let (next, resumed) = Backend::accept(&rig.listener, VERSION_1, 2, || net.reconnect());
     resumed.unwrap();
-    assert_eq!(next.heard(SET_VRING_ENABLE), [[0, 0], [1, 0], [2, 0], [3, 0]]);
+    assert_eq!(next.heard(SET_VRING_BASE).len(), 0, "not in a pause");
     Pausable::resume(&net);
-    assert_eq!(next.heard(SET_VRING_ENABLE), [[0, 1], [1, 1]]);
+    assert_eq!(next.heard(SET_VRING_BASE), [[0, 7], [1, 0]]);
+    next.die();
+    assert!(!net.pause(Duration::ZERO), "it did not give them back");
 }
 
 #[test]
