@@ -14,11 +14,13 @@ const PAGES: u64 = 128;
 #[test]
 fn a_guest_on_huge_pages_moves_checked_bytes_and_gives_them_back() -> Result<()> {
     in_emulated_host(|host| {
-        let _pages = HugePages::set_aside(PAGES)?;
-        let free = HugePages::free()?;
+        let [all, free] = [HugePages::all()?, HugePages::free()?];
         let mut testbed = Testbed::start(host, &Setup { huge_pages: true, ..Setup::default() })?;
-        let left = HugePages::free()?;
-        ensure!(left + PAGES == free, "{left} of {free} huge pages are free while the guest runs");
+        let running = [HugePages::all()?, HugePages::free()?];
+        ensure!(
+            running == [all + PAGES, free],
+            "huge pages, and free ones, while the guest runs: {running:?}"
+        );
         let backend = testbed.backend.as_ref().context("a backend of ours")?;
         let mapped = huge_guest_memory(backend.id())?;
         ensure!(mapped == PAGES << 11, "the backend has mapped {mapped} KiB of huge guest memory");
@@ -26,8 +28,12 @@ fn a_guest_on_huge_pages_moves_checked_bytes_and_gives_them_back() -> Result<()>
         let status = testbed.vm.power_off()?;
         ensure!(status.success(), "the VMM ended with {status}");
         drop(testbed.backend);
-        let back = HugePages::free()?;
-        ensure!(back == free, "{back} of {free} huge pages are free after the guest");
+        // The test's own end gives them back to the host.
+        let ended = [HugePages::all()?, HugePages::free()?];
+        ensure!(
+            ended == [all + PAGES, free + PAGES],
+            "huge pages, and free ones, after the guest: {ended:?}"
+        );
         Ok(())
     })
 }

@@ -4,6 +4,9 @@ use std::fs;
 
 use anyhow::{Context, ensure};
 
+/// MiB of each.
+pub const MEBIBYTES: u64 = 2;
+
 const NUMBER: &str = "/proc/sys/vm/nr_hugepages";
 
 /// Set aside, besides what the host had; given back when dropped.
@@ -14,17 +17,23 @@ pub struct HugePages {
 impl HugePages {
     /// Sets `count` aside.
     pub fn set_aside(count: u64) -> anyhow::Result<Self> {
-        let before = number()?;
+        let before = Self::all()?;
         // Memory that has been in use for a while has them in pieces only.
         fs::write("/proc/sys/vm/compact_memory", "1").context("having the host's memory compacted")?;
         let pages = Self { before };
         set_number(before + count)?;
-        let has = number()?;
+        let has = Self::all()?;
         ensure!(has == before + count, "the host has {has} huge pages, not {before} and {count} more");
         Ok(pages)
     }
 
-    /// How many of all the host's are not in use.
+    /// How many the host has.
+    pub fn all() -> anyhow::Result<u64> {
+        let text = fs::read_to_string(NUMBER).with_context(|| format!("reading {NUMBER}"))?;
+        text.trim().parse().with_context(|| format!("{NUMBER} says {text:?}"))
+    }
+
+    /// How many of those are not in use.
     pub fn free() -> anyhow::Result<u64> {
         let text = fs::read_to_string("/proc/meminfo").context("reading /proc/meminfo")?;
         let free = text.lines().find_map(|line| line.strip_prefix("HugePages_Free:")?.trim().parse().ok());
@@ -38,11 +47,6 @@ impl Drop for HugePages {
             eprintln!("lab: {e:#}");
         }
     }
-}
-
-fn number() -> anyhow::Result<u64> {
-    let text = fs::read_to_string(NUMBER).with_context(|| format!("reading {NUMBER}"))?;
-    text.trim().parse().with_context(|| format!("{NUMBER} says {text:?}"))
 }
 
 fn set_number(number: u64) -> anyhow::Result<()> {

@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::fifo_guest::{load_module, poll_interface, run};
+use super::huge_pages::{self, HugePages};
+use super::vmm::HUGE_MEMORY;
 use super::{
     Backend, BackendConfig, Cable, FifoRegion, Host, Layout, Net, TAP, VirtualFunction, Vm, VmConfig, Vmm,
     Wire,
@@ -65,7 +67,7 @@ pub struct Setup {
     /// The guest's kernel
     #[arg(long, default_value = "6.12")]
     pub kernel: Kernel,
-    /// Make the guest's memory, 256 MiB then, of huge pages, which the host has set aside (under ivcpu-vmm only)
+    /// Make the guest's memory, 256 MiB then, of huge pages, and have the host set those aside (under ivcpu-vmm only)
     #[arg(long)]
     pub huge_pages: bool,
 }
@@ -135,6 +137,10 @@ impl Setup {
         })
     }
 
+    fn set_pages_aside(&self) -> anyhow::Result<Option<HugePages>> {
+        self.huge_pages.then(|| HugePages::set_aside(HUGE_MEMORY / huge_pages::MEBIBYTES)).transpose()
+    }
+
     fn backend_config(&self, host: &Host) -> anyhow::Result<BackendConfig> {
         let fifo = self.fifo(host).map(|region| {
             let more = self.fifo_option.as_deref().or(host.is_emulated().then_some(PATIENCE));
@@ -172,6 +178,8 @@ pub struct Testbed {
     /// How the guest was told to run.
     pub config: VmConfig,
     setup: Setup,
+    /// What its memory is made of, if those are huge. Given back when all the others have ended.
+    pages: Option<HugePages>,
 }
 
 impl Testbed {
@@ -197,6 +205,7 @@ impl Testbed {
             // Our own VMM makes the region itself.
             Backend::create_region(host, region)?;
         }
+        let pages = setup.set_pages_aside()?;
         let net = match (setup.backend, &backend) {
             (_, Some(backend)) => Net::VhostUser(backend.socket().into()),
             (result::Backend::Vfio, None) => Net::Absent,
@@ -205,7 +214,7 @@ impl Testbed {
         let function_address = function.as_ref().map(|function| function.address().into());
         let config = setup.vm_config(host, net, function_address)?;
         let vm = boot(host, setup, &config)?;
-        Ok(Self { vm, backend, function, wire, second_wire, config, setup: setup.clone() })
+        Ok(Self { vm, backend, function, wire, second_wire, config, setup: setup.clone(), pages })
     }
 
     /// Boots the guest of `setup` with a backend of somebody else's, which listens at `socket` and whose far end is `wire`.
@@ -216,8 +225,10 @@ impl Testbed {
         wire: Wire,
     ) -> anyhow::Result<Self> {
         let config = setup.vm_config(host, Net::VhostUser(socket), None)?;
+        let pages = setup.set_pages_aside()?;
         let vm = boot(host, setup, &config)?;
-        Ok(Self { vm, backend: None, function: None, wire, second_wire: None, config, setup: setup.clone() })
+        let setup = setup.clone();
+        Ok(Self { vm, backend: None, function: None, wire, second_wire: None, config, setup, pages })
     }
 
     /// The guest's number of the IVCPU, if there is one.
@@ -265,9 +276,10 @@ impl Testbed {
 
     /// Kills the VMM as a crash would, and boots the same guest anew.
     pub fn replace_vm(self, host: &Host) -> anyhow::Result<Self> {
-        let Self { vm, backend, function, wire, second_wire, config, setup } = self;
+        let Self { vm, backend, function, wire, second_wire, config, setup, pages } = self;
         vm.kill()?;
-        Ok(Self { vm: boot(host, &setup, &config)?, backend, function, wire, second_wire, config, setup })
+        let vm = boot(host, &setup, &config)?;
+        Ok(Self { vm, backend, function, wire, second_wire, config, setup, pages })
     }
 }
 

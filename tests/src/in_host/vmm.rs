@@ -14,8 +14,8 @@ use crate::result::Carrier;
 /// Words on every guest's kernel command line.
 const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1";
 const MEMORY: &str = "512M";
-/// The same of a guest on huge pages, which the host has to set aside.
-const HUGE_MEMORY: &str = "256M";
+/// The same of a guest on huge pages, in MiB.
+pub(super) const HUGE_MEMORY: u64 = 256;
 /// How often QEMU looks for a vhost-user backend that is gone, in milliseconds.
 const RECONNECT_MS: u32 = 100;
 const MAC: &str = "52:54:00:49:56:01";
@@ -152,7 +152,7 @@ impl VmConfig {
         option(
             "--memory",
             if self.huge_pages {
-                format!("size={HUGE_MEMORY},hugepages=on,prefault=on")
+                format!("size={HUGE_MEMORY}M,hugepages=on,prefault=on")
             } else {
                 format!("size={MEMORY},shared=on")
             },
