@@ -150,10 +150,12 @@ fn on_the_ivcpu(device: &str, before: &[Interrupt], after: &[Interrupt]) -> Resu
 
 /// Asks a backend for its features, as a frontend begins: request 1 of version 1, without content. The answer is
 /// as long as its header and a number.
-const SAY_HELLO: &str = "perl -MIO::Socket::UNIX -e '
-    alarm 60; $socket = IO::Socket::UNIX->new(\"/run/ivcpu/net0.sock\") or die \"connect: $!\";
-    syswrite $socket, pack(\"V3\", 1, 1, 0); sysread($socket, $answer, 20) == 20 or die \"no answer: $!\";
-    ($request, $flags, $size, $features) = unpack \"V3Q<\", $answer; print \"$request $flags $size $features\"'";
+const SAY_HELLO: &str = concat!(
+    "perl -MIO::Socket::UNIX -e '",
+    "alarm 60; $socket = IO::Socket::UNIX->new(\"/run/ivcpu/net0.sock\") or die \"connect: $!\"; ",
+    "syswrite $socket, pack(\"V3\", 1, 1, 0); sysread($socket, $answer, 20) == 20 or die \"no answer: $!\"; ",
+    "($request, $flags, $size, $features) = unpack \"V3Q<\", $answer; print \"$request $flags $size $features\"'",
+);
 
 /// The backend of the package under systemd: started by its socket, confined, stopped, and gone with the package.
 fn is_a_service(workspace: &Workspace, guest: &mut Login) -> Result<()> {
