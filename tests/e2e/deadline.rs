@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use ivcpu_lab::emulated_host::{EmulatedHost, Error, Input, Options};
 use ivcpu_lab::provision::Provision;
-use ivcpu_lab::trial;
 use ivcpu_lab::workspace::Workspace;
 
 fn boot_with(options: Options) -> Result<Error> {
@@ -51,7 +50,9 @@ fn a_host_whose_kernel_panics_does_not_wait_for_the_deadline() -> Result<()> {
 
 #[test]
 fn a_command_beyond_its_deadline_is_ended_and_so_is_one_in_a_silent_host() -> Result<()> {
-    let mut host = trial::boot(&[])?;
+    let workspace = Workspace::locate()?;
+    let options = Options { silence: Duration::from_secs(6), ..Options::default() };
+    let mut host = EmulatedHost::build_and_boot(&workspace, &Provision::new(&workspace), &[], &options)?;
     let sleep = host.command(["sleep", "600"]);
     let error =
         host.run(&sleep, Input::Empty, Some(Duration::from_secs(2)), |_, _| ()).expect_err("it sleeps on");

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use ivcpu_lab::in_host::testpmd::{Testpmd, TestpmdConfig};
 use ivcpu_lab::in_host::{Backend, BackendConfig, BackendStats, Cable, Host, NearEnd, TAP, Wire};
 use ivcpu_lab::traffic::{End, Traffic, Workload};
@@ -96,11 +96,14 @@ fn virtio_user_receives_what_is_made_for_it() -> Result<()> {
         let received = testpmd.counts(0)?;
         ensure!(received.received > 1_000, "{received:?}");
         ensure!(received.bytes_received == 200 * received.received, "{received:?}");
-        // What came after the stop is in the rings, which are full then.
+        // What came after the stop is in the rings, which are full then. Of what testpmd took before, its count misses some
+        // frames of a ring now and then, never more than a ring's (the rings' own indices agree with our count).
+        let rings = u64::from(QUEUE_PAIRS) * RING;
         let full = |stats: &BackendStats| {
-            packets(stats, "to_guest").checked_sub(received.received) == Some(u64::from(QUEUE_PAIRS) * RING)
+            let rest = packets(stats, "to_guest").checked_sub(received.received);
+            rest.is_some_and(|rest| (rings..=2 * rings).contains(&rest))
         };
-        settles(&backend, full)?;
+        settles(&backend, full).with_context(|| format!("{received:?}"))?;
         testpmd.quit()
     })
 }

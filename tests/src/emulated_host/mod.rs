@@ -33,9 +33,6 @@ pub use terminal::{RawTerminal, terminal_size};
 /// Where the read-write share is mounted inside.
 pub const SHARE: &str = "/run/ivcpu-lab";
 
-/// The agent says "alive" every second; this much silence means the host is stuck.
-const SILENCE: Duration = Duration::from_secs(20);
-
 /// Why the emulated host could not be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -95,6 +92,8 @@ pub struct Options {
     pub ready: Duration,
     /// Starts in all before giving up.
     pub attempts: u32,
+    /// The agent says "alive" every second; this much silence means the host is stuck.
+    pub silence: Duration,
     /// More words for the emulated host's kernel command line.
     pub kernel_words: String,
     /// A raw image that it may write, its disk `/dev/vda`.
@@ -105,7 +104,8 @@ impl Default for Options {
     fn default() -> Self {
         // 15 s is ample on an idle machine; this one may be building something else.
         // The emulator's faults come in rows where the machine is busy: three starts of four were seen to stall.
-        Self { ready: Duration::from_secs(60), attempts: 8, kernel_words: String::new(), disk: None }
+        let (ready, silence) = (Duration::from_secs(60), Duration::from_secs(20));
+        Self { ready, attempts: 8, silence, kernel_words: String::new(), disk: None }
     }
 }
 
@@ -135,6 +135,7 @@ pub struct EmulatedHost {
     share: PathBuf,
     kernel: String,
     restarts: u32,
+    silence: Duration,
     _lock: Lock,
 }
 
@@ -206,6 +207,7 @@ impl EmulatedHost {
                         share,
                         kernel: started.kernel,
                         restarts: attempt - 1,
+                        silence: options.silence,
                         _lock: lock,
                     });
                 }
@@ -269,7 +271,7 @@ impl EmulatedHost {
         deadline: Option<Duration>,
         mut output: impl FnMut(bool, &[u8]),
     ) -> Result<i32, Error> {
-        let what = run.argv.join(" ");
+        let (what, silence) = (run.argv.join(" "), self.silence);
         self.request(&Request::Run(run.clone()))?;
         match input {
             Input::Empty => self.request(&Request::InputEnd)?,
@@ -283,15 +285,15 @@ impl EmulatedHost {
                 self.wait_for_exit()?;
                 return Err(Error::Deadline(what, deadline.unwrap_or_default()));
             }
-            match self.events.recv_timeout(left.unwrap_or(SILENCE).min(SILENCE)) {
+            match self.events.recv_timeout(left.unwrap_or(silence).min(silence)) {
                 Ok(Event::Agent(Report::Output { error, bytes })) => output(error, &bytes.0),
                 Ok(Event::Agent(Report::Exit(status))) => return Ok(status),
                 Ok(Event::Agent(Report::NotStarted(why))) => return Err(Error::NotStarted(what, why)),
                 Ok(Event::Agent(Report::Alive | Report::Ready { .. })) => {}
                 Ok(Event::Stalled(sign)) => return Err(self.stuck(sign)),
-                Err(RecvTimeoutError::Timeout) if left.is_some_and(|left| left < SILENCE) => {}
+                Err(RecvTimeoutError::Timeout) if left.is_some_and(|left| left < silence) => {}
                 Err(RecvTimeoutError::Timeout) => {
-                    return Err(self.stuck(format!("no sign of life for {SILENCE:?}")));
+                    return Err(self.stuck(format!("no sign of life for {silence:?}")));
                 }
                 Ok(Event::PoweredOff) | Err(RecvTimeoutError::Disconnected) => {
                     return Err(Error::Gone(last_lines(&self.console)));
@@ -302,14 +304,14 @@ impl EmulatedHost {
 
     /// What a killed command says last; the next one's exit is not taken for its own then.
     fn wait_for_exit(&self) -> Result<(), Error> {
-        let deadline = Instant::now() + SILENCE;
+        let deadline = Instant::now() + self.silence;
         loop {
             match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(Event::Agent(Report::Exit(_) | Report::NotStarted(_))) => return Ok(()),
                 Ok(Event::Agent(_)) => {}
                 Ok(Event::Stalled(sign)) => return Err(self.stuck(sign)),
                 Err(RecvTimeoutError::Timeout) => {
-                    return Err(self.stuck(format!("a killed command did not end within {SILENCE:?}")));
+                    return Err(self.stuck(format!("a killed command did not end within {:?}", self.silence)));
                 }
                 Ok(Event::PoweredOff) | Err(RecvTimeoutError::Disconnected) => {
                     return Err(Error::Gone(last_lines(&self.console)));
