@@ -19,7 +19,7 @@ use crate::workspace::Workspace;
 /// Set in the environment of a test that runs inside.
 const INSIDE: &str = "IVCPU_LAB_INSIDE";
 /// Emulated hosts that one test may lose.
-const REPLACEMENTS: u32 = 2;
+const REPLACEMENTS: u32 = 3;
 /// What is said of a guest that crashed, by ivcpu-vmm, by QEMU and by the guest's kernel.
 const GUEST_CRASHES: [&str; 3] =
     ["triple-faulted", "guest-reset", "Kernel panic - not syncing: Fatal exception in interrupt"];
@@ -83,7 +83,7 @@ fn prepared<T>(
 }
 
 /// Runs `body`, a closure written in a test function, inside the emulated host. A host that gets stuck or dies is replaced,
-/// twice at most, and the test run again; so is one in which a guest triple-faulted or its kernel died in an interrupt, which the emulator
+/// three times at most, and the test run again; so is one in which a guest triple-faulted or its kernel died in an interrupt, which the emulator
 /// makes guests of any VMM do once in some ten to twenty starts, and its own kernel too. A test that fails otherwise is run once more, in a fresh host: the emulator's faults also
 /// show as a guest that stands still. Every failure is printed; a test that fails twice, or crashes its guest each time, has failed.
 pub fn in_emulated_host<F>(body: F) -> anyhow::Result<()>
