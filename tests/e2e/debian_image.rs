@@ -254,7 +254,9 @@ fn works_day_to_day(host: &Host) -> Result<()> {
     at("powering off");
     let status = guest.power_off(COMMAND)?;
     at("off");
-    ensure!(status.success(), "the VMM ended with {status}");
+    let log = fs::read_to_string(host.log_path("guest.log"))?;
+    let last: Vec<_> = log.lines().rev().take(3).collect();
+    ensure!(status.success(), "the VMM ended with {status}; guest.log ends, last line first: {last:?}");
     ensure!(backend.terminate()?.success());
     Ok(())
 }

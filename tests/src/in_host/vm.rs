@@ -286,7 +286,12 @@ impl Vm {
     /// Powers the guest off and gives the VMM's exit status.
     pub fn power_off(mut self) -> anyhow::Result<ExitStatus> {
         self.request(&Request::PowerOff)?;
-        self.process.wait_for(ANSWER).context("the VMM did not end after the guest's power-off")
+        let status =
+            self.process.wait_for(ANSWER).context("the VMM did not end after the guest's power-off")?;
+        if !status.success() {
+            println!("guest.log ends: {}", last_lines(&self.log));
+        }
+        Ok(status)
     }
 
     /// Sends the VMM a signal that ends it, and gives its exit status.
