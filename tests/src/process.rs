@@ -1,6 +1,7 @@
 //! Child processes that never outlive the lab.
 
 use std::io;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::sync::OnceLock;
 use std::sync::mpsc::{Sender, channel};
@@ -26,6 +27,12 @@ pub enum Error {
     /// It did not end in time.
     #[error("{0} (process {1}) is still running after {2:?}")]
     StillRunning(String, u32, Duration),
+    /// It ended instead of listening.
+    #[error("{0} ended at once: {1}")]
+    Ended(String, ExitStatus),
+    /// It does not listen.
+    #[error("{0} does not listen at {1} after {2:?}")]
+    NotListening(String, PathBuf, Duration),
     /// It could not be waited for.
     #[error("cannot wait for {0}: {1}")]
     Wait(String, #[source] io::Error),
@@ -74,6 +81,22 @@ impl Process {
             }
             thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// Waits until it listens at `socket`, where nothing may be before. The file appears with `bind`; whoever connects then may have to
+    /// wait, but is not refused.
+    pub fn wait_for_socket(&mut self, socket: &Path, deadline: Duration) -> Result<(), Error> {
+        let start = Instant::now();
+        while !socket.exists() {
+            if let Some(status) = self.try_wait()? {
+                return Err(Error::Ended(self.what.clone(), status));
+            }
+            if start.elapsed() > deadline {
+                return Err(Error::NotListening(self.what.clone(), socket.into(), deadline));
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
     }
 
     /// Sends `signal`.

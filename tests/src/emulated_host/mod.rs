@@ -285,19 +285,13 @@ impl EmulatedHost {
                 self.wait_for_exit()?;
                 return Err(Error::Deadline(what, deadline.unwrap_or_default()));
             }
-            match self.events.recv_timeout(left.unwrap_or(silence).min(silence)) {
-                Ok(Event::Agent(Report::Output { error, bytes })) => output(error, &bytes.0),
-                Ok(Event::Agent(Report::Exit(status))) => return Ok(status),
-                Ok(Event::Agent(Report::NotStarted(why))) => return Err(Error::NotStarted(what, why)),
-                Ok(Event::Agent(Report::Alive | Report::Ready { .. })) => {}
-                Ok(Event::Stalled(sign)) => return Err(self.stuck(sign)),
-                Err(RecvTimeoutError::Timeout) if left.is_some_and(|left| left < silence) => {}
-                Err(RecvTimeoutError::Timeout) => {
-                    return Err(self.stuck(format!("no sign of life for {silence:?}")));
-                }
-                Ok(Event::PoweredOff) | Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Error::Gone(last_lines(&self.console)));
-                }
+            match self.report(left.unwrap_or(silence).min(silence))? {
+                Some(Report::Output { error, bytes }) => output(error, &bytes.0),
+                Some(Report::Exit(status)) => return Ok(status),
+                Some(Report::NotStarted(why)) => return Err(Error::NotStarted(what, why)),
+                Some(Report::Alive | Report::Ready { .. }) => {}
+                None if left.is_some_and(|left| left < silence) => {}
+                None => return Err(self.stuck(format!("no sign of life for {silence:?}"))),
             }
         }
     }
@@ -306,16 +300,24 @@ impl EmulatedHost {
     fn wait_for_exit(&self) -> Result<(), Error> {
         let deadline = Instant::now() + self.silence;
         loop {
-            match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(Event::Agent(Report::Exit(_) | Report::NotStarted(_))) => return Ok(()),
-                Ok(Event::Agent(_)) => {}
-                Ok(Event::Stalled(sign)) => return Err(self.stuck(sign)),
-                Err(RecvTimeoutError::Timeout) => {
+            match self.report(deadline.saturating_duration_since(Instant::now()))? {
+                Some(Report::Exit(_) | Report::NotStarted(_)) => return Ok(()),
+                Some(_) => {}
+                None => {
                     return Err(self.stuck(format!("a killed command did not end within {:?}", self.silence)));
                 }
-                Ok(Event::PoweredOff) | Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Error::Gone(last_lines(&self.console)));
-                }
+            }
+        }
+    }
+
+    /// The agent's next report, if it comes within this time; an error if none can come any more.
+    fn report(&self, within: Duration) -> Result<Option<Report>, Error> {
+        match self.events.recv_timeout(within) {
+            Ok(Event::Agent(report)) => Ok(Some(report)),
+            Ok(Event::Stalled(sign)) => Err(self.stuck(sign)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Ok(Event::PoweredOff) | Err(RecvTimeoutError::Disconnected) => {
+                Err(Error::Gone(last_lines(&self.console)))
             }
         }
     }

@@ -2,10 +2,9 @@
 
 use std::path::Path;
 use std::process::Stdio;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use nix::sys::signal::Signal;
 
 use super::{Host, TAP, Wire};
@@ -34,16 +33,7 @@ impl AliothBackend {
         })?;
         // Before it makes the threads that serve frontends.
         pcpu::pin(process.id().try_into()?, &[pcpu::BACKEND]).context("pinning Alioth's backend")?;
-        let start = Instant::now();
-        while !socket.exists() {
-            if let Some(status) = process.try_wait()? {
-                bail!("Alioth's backend ended with {status}, see alioth-backend.log");
-            }
-            if start.elapsed() > DEADLINE {
-                bail!("Alioth's backend does not listen at {} after {DEADLINE:?}", socket.display());
-            }
-            thread::sleep(Duration::from_millis(10));
-        }
+        process.wait_for_socket(socket, DEADLINE).context("see alioth-backend.log")?;
         Ok(Self(process))
     }
 

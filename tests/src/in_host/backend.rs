@@ -9,7 +9,7 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::Signal;
 use serde::Deserialize;
@@ -150,7 +150,7 @@ impl Backend {
             command.args(&words[1..]).stdin(Stdio::null()).stderr(log);
         })?;
         // It is there after that for frontends.
-        wait_for_socket(&mut process, &stats).context("see backend.log")?;
+        process.wait_for_socket(&stats, DEADLINE).context("see backend.log")?;
         Ok(Self { process, socket, stats })
     }
 
@@ -197,19 +197,4 @@ impl Backend {
     pub fn terminate(self) -> anyhow::Result<ExitStatus> {
         Ok(self.process.terminate()?)
     }
-}
-
-/// A listening socket's file appears with `bind`; whoever connects then may have to wait, but is not refused.
-fn wait_for_socket(process: &mut Process, socket: &Path) -> anyhow::Result<()> {
-    let start = Instant::now();
-    while !socket.exists() {
-        if let Some(status) = process.try_wait()? {
-            bail!("the backend ended at once: {status}");
-        }
-        if start.elapsed() > DEADLINE {
-            bail!("the backend does not listen on {}", socket.display());
-        }
-        thread::sleep(Duration::from_millis(10));
-    }
-    Ok(())
 }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::path::PathBuf;
 use std::process::{ChildStdin, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
@@ -10,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 
 use super::Host;
+use super::vm::end_of;
 use crate::process::Process;
 
 /// A command's status follows this and is followed by the other; neither is in what is typed.
@@ -25,6 +27,7 @@ pub struct Login {
     output: Receiver<Vec<u8>>,
     /// Written and not yet waited for.
     pending: Vec<u8>,
+    log: PathBuf,
 }
 
 impl Login {
@@ -48,7 +51,7 @@ impl Login {
                 }
             }
         });
-        Ok(Self { process, input, output, pending: Vec::new() })
+        Ok(Self { process, input, output, pending: Vec::new(), log: host.log_path("guest.log") })
     }
 
     /// Waits until the guest has written `text`; what it wrote before that.
@@ -111,7 +114,7 @@ impl Login {
     /// Powers the guest off as its administrator would, and gives the VMM's exit status.
     pub fn power_off(mut self, deadline: Duration) -> anyhow::Result<ExitStatus> {
         self.type_line("systemctl poweroff")?;
-        Ok(self.process.wait_for(deadline)?)
+        end_of(&mut self.process, deadline, &self.log)
     }
 }
 

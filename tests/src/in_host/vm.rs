@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
@@ -286,12 +286,7 @@ impl Vm {
     /// Powers the guest off and gives the VMM's exit status.
     pub fn power_off(mut self) -> anyhow::Result<ExitStatus> {
         self.request(&Request::PowerOff)?;
-        let status =
-            self.process.wait_for(ANSWER).context("the VMM did not end after the guest's power-off")?;
-        if !status.success() {
-            println!("guest.log ends: {}", last_lines(&self.log));
-        }
-        Ok(status)
+        end_of(&mut self.process, ANSWER, &self.log)
     }
 
     /// Sends the VMM a signal that ends it, and gives its exit status.
@@ -423,4 +418,14 @@ fn threads(process: u32) -> anyhow::Result<Vec<(i32, String)>> {
         Some((entry.file_name().to_str()?.parse().ok()?, name.trim().to_string()))
     });
     Ok(threads.collect())
+}
+
+/// How the VMM of a guest that was powered off ends. What it said last is printed if that is badly, so that a guest that crashed is
+/// known for one.
+pub(super) fn end_of(vmm: &mut Process, deadline: Duration, log: &Path) -> anyhow::Result<ExitStatus> {
+    let status = vmm.wait_for(deadline).context("the VMM did not end after the guest's power-off")?;
+    if !status.success() {
+        println!("guest.log ends: {}", last_lines(log));
+    }
+    Ok(status)
 }

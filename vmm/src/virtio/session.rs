@@ -183,8 +183,7 @@ impl Session {
             return Err(Error::Lacks { path: self.path.clone(), feature: "protocol features" });
         }
         self.protocol = negotiate_protocol(&mut self.frontend, failed)?;
-        // Whether it begins with all rings at once.
-        let at_once = self.protocol.contains(VhostUserProtocolFeatures::STATUS);
+        let at_once = self.begins_at_once();
         if vrings <= 2 && !at_once {
             return Ok(());
         }
@@ -229,29 +228,17 @@ impl Session {
         base: Base,
         enabled: impl Fn(u16) -> bool,
     ) -> Result<(), Error> {
-        let guard = self.deadline.start(ANSWER_WITHIN);
-        let failed = |step| failed(&self.path, &self.deadline, step);
         let features = (features & self.offered) | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        self.frontend.set_features(features).map_err(failed("SET_FEATURES"))?;
-        let regions: Vec<_> = memory
-            .iter()
-            .map(VhostUserMemoryRegionInfo::from_guest_region)
-            .collect::<Result<_, _>>()
-            .map_err(failed("the memory table"))?;
+        let guard = self.deadline.start(ANSWER_WITHIN);
+        let set = self.frontend.set_features(features);
+        set.map_err(failed(&self.path, &self.deadline, "SET_FEATURES"))?;
         drop(guard);
-        let guard = self.deadline.start(MEMORY_WITHIN);
-        if self.has_memory {
-            // From an earlier start.
-        } else if self.protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
-            for region in &regions {
-                self.frontend.add_mem_region(region).map_err(failed("ADD_MEM_REG"))?;
-            }
-        } else {
-            self.frontend.set_mem_table(&regions).map_err(failed("SET_MEM_TABLE"))?;
+        if !self.has_memory {
+            self.give(memory)?;
+            self.has_memory = true;
         }
-        self.has_memory = true;
-        drop(guard);
         let _guard = self.deadline.start(ANSWER_WITHIN);
+        let failed = |step| failed(&self.path, &self.deadline, step);
         for ring in rings {
             let index = usize::from(ring.index);
             let start = match base {
@@ -260,7 +247,7 @@ impl Session {
                     .load(GuestAddress(ring.used + USED_INDEX), Ordering::Acquire)
                     .map_err(|_| Error::Ring(ring.used))?,
             };
-            if start != 0 && self.protocol.contains(VhostUserProtocolFeatures::STATUS) {
+            if start != 0 && self.begins_at_once() {
                 // Before all else, because the question also stops a ring.
                 self.frontend.set_vring_base(index, start).map_err(failed("SET_VRING_BASE"))?;
                 let said = self.frontend.get_vring_base(index).map_err(failed("GET_VRING_BASE"))?;
@@ -289,9 +276,33 @@ impl Session {
         self.set_status(device_status::READY)
     }
 
+    /// Gives it the guest's memory.
+    fn give(&mut self, memory: &GuestMemory) -> Result<(), Error> {
+        let _guard = self.deadline.start(MEMORY_WITHIN);
+        let failed = |step| failed(&self.path, &self.deadline, step);
+        let regions: Vec<_> = memory
+            .iter()
+            .map(VhostUserMemoryRegionInfo::from_guest_region)
+            .collect::<Result<_, _>>()
+            .map_err(failed("the memory table"))?;
+        if self.protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+            for region in &regions {
+                self.frontend.add_mem_region(region).map_err(failed("ADD_MEM_REG"))?;
+            }
+        } else {
+            self.frontend.set_mem_table(&regions).map_err(failed("SET_MEM_TABLE"))?;
+        }
+        Ok(())
+    }
+
+    /// Whether it wants to know the device's status, and so may begin with all rings when the driver is ready.
+    fn begins_at_once(&self) -> bool {
+        self.protocol.contains(VhostUserProtocolFeatures::STATUS)
+    }
+
     /// Says what the driver is, if the backend wants to know. The deadline is running.
     fn set_status(&self, status: u64) -> Result<(), Error> {
-        if !self.protocol.contains(VhostUserProtocolFeatures::STATUS) {
+        if !self.begins_at_once() {
             return Ok(());
         }
         let acknowledged = self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK);
@@ -313,7 +324,7 @@ impl Session {
     /// Whether rings can be taken back and given again in the middle of their use. One that begins with all rings at once may not
     /// start them where it is told to.
     pub fn can_rest(&self) -> bool {
-        !self.protocol.contains(VhostUserProtocolFeatures::STATUS)
+        !self.begins_at_once()
     }
 
     /// Takes all rings back; the backend does not touch them when this returns.

@@ -14,7 +14,7 @@ pub mod worker;
 
 use std::path::PathBuf;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use virtio_bindings::virtio_blk::*;
@@ -59,21 +59,30 @@ pub struct Block {
     thread: Arc<Thread>,
 }
 
-/// The way to the disk's thread, which ends when the device lets go of this.
+/// The way to the disk's thread, which ends when this is dropped, with the device.
 struct Thread {
     path: PathBuf,
-    commands: Mutex<Option<Sender<Command>>>,
+    /// `None` only while it is dropped.
+    commands: Option<Sender<Command>>,
     wake: EventFd,
 }
 
 impl Thread {
     fn tell(&self, command: Command) {
         // A thread that is gone has died of a bug; its disk does not answer any more.
-        if let Some(commands) = &*self.commands.lock().unwrap_or_else(PoisonError::into_inner)
+        if let Some(commands) = &self.commands
             && commands.send(command).is_ok()
         {
             let _ = self.wake.write(1);
         }
+    }
+}
+
+impl Drop for Thread {
+    fn drop(&mut self) {
+        // Before the thread is woken, which looks whether anybody can still tell it something.
+        self.commands = None;
+        let _ = self.wake.write(1);
     }
 }
 
@@ -138,11 +147,7 @@ impl Block {
             features: bits.iter().fold(0, |features, bit| features | 1 << bit),
             config,
             queue_sizes: vec![options.queue_size; usize::from(queues)],
-            thread: Arc::new(Thread {
-                path: options.path.clone(),
-                commands: Mutex::new(Some(commands)),
-                wake,
-            }),
+            thread: Arc::new(Thread { path: options.path.clone(), commands: Some(commands), wake }),
         };
         Ok((block, worker))
     }
@@ -218,13 +223,6 @@ impl Device for Block {
         self.thread.tell(Command::Stop(stopping));
         // Ends when the thread drops its side, also when it does so because it is gone.
         let _ = stopped.recv();
-    }
-}
-
-impl Drop for Block {
-    fn drop(&mut self) {
-        *self.thread.commands.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        let _ = self.thread.wake.write(1);
     }
 }
 
